@@ -1,0 +1,70 @@
+"""Every kind of adapter: shapes, padding, parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hybrid.adapter import Adapter
+
+BATCH, TOKENS, LAYERS, WIDTH, DIM = 2, 5, 3, 12, 8
+
+
+def adapter(**changes) -> Adapter:
+    torch.manual_seed(0)
+    numbers = {"num_layers": LAYERS, "backbone_dim": WIDTH, "dim": DIM, "num_heads": 2, "num_vectors": 4}
+    return Adapter(**(numbers | changes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "resampler"])
+@pytest.mark.parametrize("layer_mix", ["concat", "weighted_sum"])
+def test_memory_does_not_depend_on_padding(kind, layer_mix):
+    module = adapter(kind=kind, layer_mix=layer_mix)
+    states = torch.randn(BATCH, TOKENS, LAYERS, WIDTH)
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    memory, exists = module(states, mask)
+    padding = 50 * torch.randn(BATCH, 3, LAYERS, WIDTH)
+    padded, padded_exists = module(
+        torch.cat([states, padding], 1), torch.cat([mask, torch.zeros(BATCH, 3, dtype=torch.bool)], 1)
+    )
+    length = memory.shape[1]
+    assert length == (4 if kind == "resampler" else TOKENS)
+    torch.testing.assert_close(padded[:, :length], memory, rtol=1e-5, atol=1e-5)
+    assert exists.all() and padded_exists.sum() == exists.sum()
+
+
+def test_every_dimension_is_standardised_whatever_its_size():
+    module = adapter()
+    states = torch.randn(BATCH, TOKENS, LAYERS, WIDTH)
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    huge = states * torch.logspace(-2, 3, WIDTH) + torch.linspace(-500, 500, WIDTH)
+    memories = []
+    for hidden_states in (states, huge):
+        module.fit_statistics(hidden_states, mask)
+        memories.append(module(hidden_states, mask)[0])
+    torch.testing.assert_close(memories[0], memories[1], rtol=1e-2, atol=1e-2)
+    assert "center" in module.state_dict()  # statistics travel with the head
+
+
+def test_statistics_leave_padding_out():
+    module = adapter()
+    states, mask = torch.randn(BATCH, TOKENS, LAYERS, WIDTH), torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    mask[:, 3:] = False
+    module.fit_statistics(states.masked_fill(~mask[..., None, None], 1e6), mask)
+    torch.testing.assert_close(module.center, states[:, :3].flatten(0, 1).mean(0))
+
+
+def test_weighted_sum_learns_its_mix():
+    module = adapter(layer_mix="weighted_sum")
+    memory, _ = module(torch.randn(BATCH, TOKENS, LAYERS, WIDTH), torch.ones(BATCH, TOKENS, dtype=torch.bool))
+    memory[..., 0].sum().backward()
+    assert module.mix_logits.grad.abs().sum() > 0
+    assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in adapter().parameters())
+
+
+def test_dropout_hides_memory_in_training_only_and_never_all_of_it():
+    module = adapter(dropout=0.9)
+    states, mask = torch.randn(8, TOKENS, LAYERS, WIDTH), torch.ones(8, TOKENS, dtype=torch.bool)
+    assert module(states, mask)[1].all()
+    hidden = module.train()(states, mask)[1]
+    assert not hidden.all() and hidden.any(1).all()
