@@ -1,0 +1,127 @@
+"""Refined latents to answers: fields and their options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from hybrid.layers import rms_norm
+
+
+@dataclass(frozen=True)
+class Field:
+    """One thing to answer: a name and a finite list of options.
+
+    Args:
+        name: What is asked, in words (`relation`, a person's name, `r1c1`).
+        options: At least two different texts; a string is a sequence of one-character options (`"123456789"`).
+
+    Raises:
+        ValueError: Fewer than two options, an empty one, or one that appears twice.
+    """
+
+    name: str
+    options: Sequence[str]
+
+    def __post_init__(self):
+        options = tuple(self.options)
+        object.__setattr__(self, "options", options)
+        if not self.name:
+            raise ValueError("a field needs a name")
+        if len(options) < 2:
+            raise ValueError(f"field {self.name!r} has options {list(options)}: at least two are needed")
+        if any(not isinstance(option, str) or not option.strip() for option in options):
+            raise ValueError(f"field {self.name!r} has options {list(options)}: each must be a text that is not empty")
+        if len(set(options)) < len(options):
+            twice = sorted({option for option in options if options.count(option) > 1})
+            raise ValueError(f"field {self.name!r} has options that appear twice: {twice}")
+
+
+@dataclass
+class FieldBatch:
+    """The fields of a batch as tensors. Texts (field names and options) are numbered within the batch.
+
+    Attributes:
+        text_vectors: Static backbone vector of each text.
+        known_index: Row of each text in the learned residual table, -1 if it has none.
+        name_index: Text number of each field's name, -1 for padding.
+        option_index: Text number of each option, -1 for padding.
+    """
+
+    text_vectors: Float[Tensor, "texts backbone_dim"]
+    known_index: Int[Tensor, " texts"]
+    name_index: Int[Tensor, "batch fields"]
+    option_index: Int[Tensor, "batch fields options"]
+
+    @property
+    def field_mask(self) -> Bool[Tensor, "batch fields"]:
+        """Which fields exist."""
+        return self.name_index >= 0
+
+    def select(self, rows: Tensor) -> FieldBatch:
+        """The fields of some rows."""
+        return FieldBatch(self.text_vectors, self.known_index, self.name_index[rows], self.option_index[rows])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> FieldBatch:
+        """The batch on a device; vectors in `dtype`."""
+        return FieldBatch(
+            self.text_vectors.to(device, dtype),
+            self.known_index.to(device),
+            self.name_index.to(device),
+            self.option_index.to(device),
+        )
+
+
+class FieldDecoder(nn.Module):
+    """Scores each field slot of the answer latent against the options of its field.
+
+    An option's vector is the projected backbone embedding of its text, so options never seen in training can be
+    scored; options known at training time add a learned residual. Because a score depends on the option's text alone,
+    permuting the options permutes the scores.
+
+    Args:
+        dim: Width of the slots.
+        backbone_dim: Width of the text vectors.
+        num_tape_slots: Free slots beside the fields.
+        num_known: Rows of the residual table.
+    """
+
+    def __init__(self, *, dim: int, backbone_dim: int, num_tape_slots: int, num_known: int):
+        super().__init__()
+        self.text_projection = nn.Linear(backbone_dim, dim, bias=False)
+        self.field_vector = nn.Parameter(torch.randn(dim))
+        self.tape_vectors = nn.Parameter(torch.randn(num_tape_slots, dim))
+        self.known_residual = nn.Parameter(torch.randn(num_known, dim))  # apart from the first update on
+        self.score_scale = nn.Parameter(torch.ones(()))
+        self.halt_head = nn.Linear(dim, 1)
+
+    def text_latents(self, fields: FieldBatch) -> Float[Tensor, "texts dim"]:
+        """Vector of each text of the batch, in the reasoner's space."""
+        latents = rms_norm(self.text_projection(rms_norm(fields.text_vectors)))
+        if len(self.known_residual) == 0:
+            return latents
+        residual = self.known_residual[fields.known_index.clamp(min=0)]
+        return latents + residual * (fields.known_index >= 0).unsqueeze(-1)
+
+    def slots(self, fields: FieldBatch) -> tuple[Float[Tensor, "batch slots dim"], Bool[Tensor, "batch slots"]]:
+        """What each slot stands for (field slots, then tape slots), and which slots exist."""
+        names = self.text_latents(fields)[fields.name_index.clamp(min=0)] + self.field_vector
+        tape = self.tape_vectors.expand(len(names), -1, -1)
+        mask = torch.cat([fields.field_mask, fields.field_mask.new_ones(tape.shape[:2])], dim=1)
+        return torch.cat([names, tape], dim=1), mask
+
+    def forward(
+        self, y: Float[Tensor, "batch slots dim"], fields: FieldBatch
+    ) -> tuple[Float[Tensor, "batch fields options"], Float[Tensor, " batch"]]:
+        """Scores of the options (float32 logits, -inf for padding) and halting logits (q)."""
+        answers = y[:, : fields.name_index.shape[1]]
+        all_scores = answers @ self.text_latents(fields).T  # (batch, fields, texts)
+        scores = all_scores.float().gather(2, fields.option_index.clamp(min=0)) * self.score_scale.float()
+        scores = scores * answers.shape[-1] ** -0.5
+        mask = fields.field_mask.unsqueeze(-1)
+        pooled = (answers * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return scores.masked_fill(fields.option_index < 0, float("-inf")), self.halt_head(pooled).squeeze(-1).float()

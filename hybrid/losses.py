@@ -1,0 +1,52 @@
+"""Losses: pure functions of tensors."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+IGNORED = -100  # label of a field that does not exist
+
+
+def answer_loss(
+    scores: Float[Tensor, "batch fields options"], labels: Int[Tensor, "batch fields"]
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy of each row, in nats, averaged over the row's fields."""
+    exists = labels != IGNORED
+    safe = scores.masked_fill(~exists.unsqueeze(-1), 0.0)  # a padded field has only -inf scores
+    losses = F.cross_entropy(safe.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none").view_as(labels)
+    return (losses * exists).sum(1) / exists.sum(1).clamp(min=1)
+
+
+def all_fields_right(
+    scores: Float[Tensor, "batch fields options"], labels: Int[Tensor, "batch fields"]
+) -> Bool[Tensor, " batch"]:
+    """Rows whose every field is answered correctly."""
+    return ((scores.argmax(-1) == labels) | (labels == IGNORED)).all(1)
+
+
+def halting_loss(halt_logits: Float[Tensor, " batch"], right: Bool[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Binary cross-entropy of the q head against "all fields are right"."""
+    return F.binary_cross_entropy_with_logits(halt_logits, right.to(halt_logits.dtype), reduction="none")
+
+
+def refinement_loss(
+    scores: Float[Tensor, "batch fields options"],
+    halt_logits: Float[Tensor, " batch"],
+    labels: Int[Tensor, "batch fields"],
+    halt_loss_weight: float = 0.5,
+) -> dict[str, Tensor]:
+    """The training loss of one refinement step and what it is made of.
+
+    Returns:
+        `loss` (scalar with gradient), and detached means `answer_loss`, `halt_loss`, `accuracy`.
+    """
+    right = all_fields_right(scores.detach(), labels)
+    answers, halts = answer_loss(scores, labels).mean(), halting_loss(halt_logits, right).mean()
+    return {
+        "loss": answers + halt_loss_weight * halts,
+        "answer_loss": answers.detach(),
+        "halt_loss": halts.detach(),
+        "accuracy": right.float().mean(),
+    }
