@@ -1,0 +1,85 @@
+"""What a saved head is, beside its weights: the folder check, the model card, the upload."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+CARD = """---
+library_name: hybrid-reasoner
+base_model: {base_model}
+license: {license}
+tags: [recursive-reasoning, frozen-backbone]
+---
+
+# {name}
+
+A {num_parameters:,}-parameter recursive reasoner on top of the frozen `{base_model}` (layers {layers}, template
+`{template}`). Only the reasoner, its adapter and its decoder are in this folder; the language model is loaded from
+where it is published.
+
+```python
+from hybrid import HybridModel
+
+model = HybridModel.from_pretrained("{name}")
+print(model.answer("...", choices={choices}).value)
+```
+
+One refinement step is {num_cycles} cycles of {num_latent_passes} + 1 passes; at most {max_steps} steps, halting
+`{halting}`. Written by hybrid {version}.
+
+{results}
+"""
+
+
+def check_head_folder(folder: Path) -> None:
+    """Refuse a folder that is no saved head, before anything is loaded.
+
+    Raises:
+        ValueError: A file is missing, or the folder holds pickled weights (they can run code when loaded).
+    """
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+        raise ValueError(f"{folder} holds {pickles[0]}: pickled weights are refused, keep model.safetensors only")
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).exists():
+            raise ValueError(f"{folder} has no {name}: it is not a saved head (train one with `hybrid train`)")
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Markdown table of a result file: accuracy by depth with its 95% interval and n."""
+    lines = ["| set | depth | accuracy | 95% interval | n |", "|---|---|---|---|---|"]
+    for row in results["accuracy_by_depth"]:
+        low, high = row["interval"]
+        lines.append(
+            f"| {results['split']} | {row['depth']} | {row['accuracy']:.3f} | {low:.3f}–{high:.3f} | {row['n']} |"
+        )
+    return "\n".join(lines)
+
+
+def write_card(folder: Path, facts: dict[str, Any], license: str = "apache-2.0") -> None:
+    """Write `README.md`; accuracy comes from `results.json` in the same folder, never from hand.
+
+    Args:
+        folder: The saved head.
+        facts: Values for the card's placeholders, from `HybridModel.card_facts`.
+        license: Licence of the head, as data sets may restrict it.
+    """
+    path = folder / "results.json"
+    results = results_table(json.loads(path.read_text())) if path.exists() else "Not evaluated yet."
+    (folder / "README.md").write_text(CARD.format(name=folder.name, license=license, results=results, **facts))
+
+
+def upload_folder(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Upload a saved head as it is, its card included, and return its address.
+
+    `push_to_hub` of transformers would overwrite the card, hence this function.
+    """
+    from huggingface_hub import HfApi
+
+    check_head_folder(folder)
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder))

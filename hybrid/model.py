@@ -1,0 +1,412 @@
+"""`HybridModel`: backbone, adapter, reasoner and decoder wired together; save, load, forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hybrid import __version__
+from hybrid.adapter import Adapter
+from hybrid.backbone import Backbone, load_backbone, native_dtype, quiet_transformers
+from hybrid.config import AdapterConfig, HybridConfig, ReasonerConfig
+from hybrid.decoder import Field, FieldBatch, FieldDecoder
+from hybrid.hub import check_head_folder, write_card
+from hybrid.layers import init_linear_
+from hybrid.losses import refinement_loss
+from hybrid.reasoner import ReasonerState, RecursiveReasoner
+
+if TYPE_CHECKING:
+    from hybrid.inference import Answer
+
+
+@dataclass
+class Encoded:
+    """A batch as the reasoner reads it: slots (x), projected memory, and which slots exist."""
+
+    slots: Tensor  # (batch, slots, dim)
+    slot_mask: Tensor  # (batch, slots)
+    memory: list  # ProjectedMemory for each network
+
+    def select(self, rows: Tensor) -> Encoded:
+        """Some rows of the batch."""
+        return Encoded(self.slots[rows], self.slot_mask[rows], [memory.select(rows) for memory in self.memory])
+
+
+@dataclass
+class HybridOutput(ModelOutput):
+    """Output of one refinement step.
+
+    Attributes:
+        loss: Scalar, when labels were given.
+        scores: Float32 logits of the options, (batch, fields, options).
+        halt_logits: The q head, (batch,).
+        state: State for the next step.
+        metrics: Detached parts of the loss.
+    """
+
+    loss: Tensor | None = None
+    scores: Tensor | None = None
+    halt_logits: Tensor | None = None
+    state: Any = None
+    metrics: dict[str, Tensor] | None = None
+
+
+class HybridModel(PreTrainedModel):
+    """A recursive reasoner on a frozen language model.
+
+    The module tree holds the trained parts only. The backbone is a plain attribute, attached after loading, so it is
+    never saved, never optimised, and several heads can share one.
+    """
+
+    config_class = HybridConfig
+    base_model_prefix = "hybrid"
+    main_input_name = "hidden_states"
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        if config.backbone.layers is None:
+            raise ValueError("config.backbone.layers is null: use HybridModel.from_backbone, which resolves it")
+        reasoner, adapter = config.reasoner, config.adapter
+        self.adapter = Adapter(
+            kind=adapter.kind,
+            layer_mix=adapter.layer_mix,
+            num_layers=len(config.backbone.layers),
+            backbone_dim=config.backbone_dim,
+            dim=reasoner.dim,
+            num_heads=reasoner.num_heads,
+            num_vectors=adapter.num_vectors,
+            dropout=adapter.dropout,
+        )
+        self.reasoner = RecursiveReasoner(
+            dim=reasoner.dim,
+            num_heads=reasoner.num_heads,
+            intermediate_size=reasoner.intermediate_size,
+            num_layers=reasoner.num_layers,
+            num_latent_passes=reasoner.num_latent_passes,
+            num_cycles=reasoner.num_cycles,
+            num_gradient_cycles=reasoner.num_gradient_cycles,
+            tie_levels=reasoner.tie_levels,
+            dropout=reasoner.dropout,
+        )
+        known = config.known_options or []
+        self.decoder = FieldDecoder(
+            dim=reasoner.dim,
+            backbone_dim=config.backbone_dim,
+            num_tape_slots=reasoner.num_tape_slots,
+            num_known=len(known),
+        )
+        self._known = {option: row for row, option in enumerate(known)}
+        self._backbone: Backbone | None = None
+        self._texts = _TextTable()
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init_linear_(module)
+        if module is self.decoder.halt_head:  # start by believing nothing is right yet, as TRM does
+            nn.init.zeros_(module.weight)
+            nn.init.constant_(module.bias, -5.0)
+
+    # -- the backbone ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: Backbone,
+        *,
+        backbone_config: Any,
+        adapter: AdapterConfig | None = None,
+        reasoner: ReasonerConfig | None = None,
+        known_options: Sequence[str] = (),
+        choices: Sequence[str] | None = None,
+    ) -> HybridModel:
+        """A new, untrained head for a backbone.
+
+        Args:
+            backbone: The frozen model.
+            backbone_config: The `BackboneConfig` it was loaded with, recorded so that the head can find it again.
+            adapter: Numbers of the adapter.
+            reasoner: Numbers of the reasoner.
+            known_options: Options that get a learned residual.
+            choices: Options of a question asked without any.
+        """
+        config = HybridConfig(
+            backbone=replace(backbone_config, layers=backbone.layers, template=backbone.template),
+            adapter=adapter or AdapterConfig(),
+            reasoner=reasoner or ReasonerConfig(),
+            backbone_dim=backbone.dim,
+            known_options=list(known_options),
+            choices=list(choices) if choices is not None else None,
+            hybrid_version=__version__,
+        )
+        return cls(config).attach_backbone(backbone)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen model.
+
+        Raises:
+            ValueError: None is attached.
+        """
+        if self._backbone is None:
+            raise ValueError("no backbone is attached: call model.attach_backbone(Backbone.from_pretrained(...))")
+        return self._backbone
+
+    def attach_backbone(self, backbone: Backbone) -> HybridModel:
+        """Use a backbone (shared, not copied) with this head's own layers and template.
+
+        Raises:
+            ValueError: Its hidden size or number of layers does not fit the head.
+        """
+        layers, template = self.config.backbone.layers, self.config.backbone.template
+        if backbone.dim != self.config.backbone_dim:
+            raise ValueError(
+                f"this head was trained on hidden size {self.config.backbone_dim} "
+                f"({self.config.backbone.name_or_path}), and {backbone.name} has {backbone.dim}: "
+                "attach the backbone it was trained on"
+            )
+        self._backbone = backbone.with_settings(layers, template)
+        self._texts = _TextTable()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> HybridModel:
+        """As `torch.nn.Module.to`; the frozen model follows to the device, and keeps its dtype."""
+        super().to(*args, **kwargs)
+        if self._backbone is not None and self._backbone.device != self.device:
+            self._backbone.model.to(self.device)
+        return self
+
+    # -- save and load ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # ty: ignore[invalid-method-override]
+        cls,
+        folder_or_hub_id: str | Path,
+        backbone: Backbone | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> HybridModel:
+        """Load a head, then attach the recorded backbone, or the one handed in.
+
+        Args:
+            folder_or_hub_id: A folder written by `save_pretrained`, or a Hub id.
+            backbone: A loaded backbone to share.
+            dtype: Type of the head's weights; `auto` is bfloat16 where the device multiplies it natively.
+            device: `cuda` if there is one, else `cpu`.
+            **kwargs: Passed to `PreTrainedModel.from_pretrained` (`revision`, `token`, `cache_dir`, …).
+
+        Raises:
+            ValueError: The folder is no saved head, holds a pickle, or does not fit the backbone.
+        """
+        folder = Path(folder_or_hub_id)
+        if folder.is_dir():
+            check_head_folder(folder)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype == "auto":
+            dtype = native_dtype(device)
+        try:
+            with quiet_transformers():
+                model, info = super().from_pretrained(
+                    str(folder_or_hub_id), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+                )
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"no head at {str(folder_or_hub_id)!r}: give a saved folder or a Hub id ({reason})"
+            ) from error
+        if problem := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
+            raise ValueError(f"{folder_or_hub_id}: weights do not fit its config.json, first at {problem[0]!r}")
+        if backbone is None:
+            backbone = load_backbone(model.config.backbone, device)
+        return model.to(device).eval().attach_backbone(backbone)
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:  # ty: ignore[invalid-method-override]
+        """Write `config.json`, `model.safetensors` (trained tensors only) and the model card."""
+        with quiet_transformers():
+            super().save_pretrained(folder, **kwargs)
+        write_card(Path(folder), self.card_facts())
+
+    def card_facts(self) -> dict[str, Any]:
+        """What the model card says of this head."""
+        reasoner, backbone = self.config.reasoner, self.config.backbone
+        return {
+            "base_model": backbone.name_or_path,
+            "layers": backbone.layers,
+            "template": backbone.template,
+            "num_parameters": sum(self.parameter_groups().values()),
+            "choices": self.config.choices or ["yes", "no"],
+            "num_cycles": reasoner.num_cycles,
+            "num_latent_passes": reasoner.num_latent_passes,
+            "max_steps": reasoner.max_steps,
+            "halting": reasoner.halting,
+            "version": self.config.hybrid_version,
+        }
+
+    # -- parameters ------------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> dict[str, int]:
+        """Trainable parameters by part; they add up to all of them."""
+        groups = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        total = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        assert sum(groups.values()) == total, f"groups {groups} do not add up to {total}"
+        return groups
+
+    def print_trainable_parameters(self) -> None:
+        """Print counts in PEFT's format, then by part."""
+        trainable = sum(self.parameter_groups().values())
+        frozen = sum(p.numel() for p in self.backbone.model.parameters())
+        share = 100 * trainable / (trainable + frozen)
+        print(f"trainable params: {trainable:,} || all params: {trainable + frozen:,} || trainable%: {share:.4f}")
+        print(" || ".join(f"{name}: {count:,}" for name, count in self.parameter_groups().items()))
+
+    # -- inputs ----------------------------------------------------------------------------------------------------
+
+    def embed(self, texts: Sequence[tuple[str | None, str]]) -> tuple[Tensor, Tensor]:
+        """Live hidden states of (context, question) pairs, in one pass.
+
+        Returns:
+            Hidden states (batch, tokens, layers, backbone_dim), right-padded with zeros, and their mask.
+        """
+        prompts = self.backbone.prompts(texts)
+        states = self.backbone.hidden_states(prompts)
+        token_ids = [torch.tensor(prompt.token_ids[prompt.memory_start : prompt.memory_stop]) for prompt in prompts]
+        lengths = torch.tensor([len(ids) for ids in token_ids])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        pad = nn.utils.rnn.pad_sequence
+        return self.all_layers(pad(token_ids, batch_first=True), pad(states, batch_first=True)), mask.to(self.device)
+
+    def all_layers(self, token_ids: Tensor, stored: Tensor) -> Tensor:
+        """Stored states plus the looked-up embedding layer, on the head's device and in its dtype.
+
+        Args:
+            token_ids: (batch, tokens).
+            stored: (batch, tokens, stored_layers, backbone_dim).
+        """
+        stored = stored.to(self.device, self.dtype)
+        if self.config.backbone.layers[0] != 0:
+            return stored
+        embedding = self.backbone.embed_tokens(token_ids).to(self.device, self.dtype)
+        return torch.cat([embedding.unsqueeze(2), stored], dim=2)
+
+    def field_batch(self, rows: Sequence[Sequence[Field]], num_fields: int | None = None) -> FieldBatch:
+        """Fields as tensors; padded to `num_fields`, or to the longest row."""
+        encoded = [self._texts.encode(tuple(fields)) for fields in rows]
+        num_fields = num_fields or max(len(names) for names, _ in encoded)
+        num_options = max(options.shape[1] for _, options in encoded)
+        names = np.full((len(rows), num_fields), -1)
+        options = np.full((len(rows), num_fields, num_options), -1)
+        for row, (name_index, option_index) in enumerate(encoded):
+            names[row, : len(name_index)] = name_index
+            options[row, : option_index.shape[0], : option_index.shape[1]] = option_index
+        used, inverse = np.unique(np.concatenate([names.ravel(), options.ravel()]), return_inverse=True)
+        padding = int(used[0] == -1)  # number texts within the batch; -1 stays -1
+        inverse = torch.from_numpy(inverse.ravel() - padding)
+        texts = used[padding:]
+        known = torch.tensor([self._known.get(self._texts.names[text], -1) for text in texts])
+        batch = FieldBatch(
+            self._texts.vectors(self.backbone)[texts],
+            known,
+            inverse[: names.size].view(names.shape),
+            inverse[names.size :].view(options.shape),
+        )
+        return batch.to(self.device, self.dtype)
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def encode(self, hidden_states: Tensor, memory_mask: Tensor, fields: FieldBatch) -> Encoded:
+        """Adapter, slots, and the memory's keys and values: once per example at inference, once per training step."""
+        memory, memory_mask = self.adapter(hidden_states, memory_mask)
+        slots, slot_mask = self.decoder.slots(fields)
+        return Encoded(slots, slot_mask, self.reasoner.project_memory(memory, memory_mask, slot_mask))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory_mask: Tensor,
+        fields: FieldBatch,
+        labels: Tensor | None = None,
+        state: ReasonerState | None = None,
+        fresh: Tensor | None = None,
+        num_latent_passes: int | None = None,
+        num_cycles: int | None = None,
+        halt_loss_weight: float = 0.5,
+    ) -> HybridOutput:
+        """One refinement step for every row.
+
+        Args:
+            hidden_states: (batch, tokens, layers, backbone_dim), from `embed` or the feature cache.
+            memory_mask: (batch, tokens), true where a token exists.
+            fields: What is asked.
+            labels: (batch, fields), number of the right option; -100 where a field does not exist.
+            state: State of the step before; `None` starts anew.
+            fresh: (batch,), rows of `state` to start anew.
+            num_latent_passes: Overrides the configuration (n).
+            num_cycles: Overrides the configuration (T).
+            halt_loss_weight: Weight of the halting loss.
+        """
+        encoded = self.encode(hidden_states, memory_mask, fields)
+        noise = self.config.reasoner.state_noise if self.training else 0.0
+        start = self.reasoner.initial_state(encoded.slots.detach(), noise)
+        if state is not None and fresh is not None:
+            keep = ~fresh[:, None, None]
+            start = ReasonerState(torch.where(keep, state.y, start.y), torch.where(keep, state.z, start.z))
+        elif state is not None:
+            start = state
+        state, y = self.reasoner.refinement_step(encoded.slots, encoded.memory, start, num_latent_passes, num_cycles)
+        scores, halt_logits = self.decoder(y, fields)
+        metrics = refinement_loss(scores, halt_logits, labels, halt_loss_weight) if labels is not None else {}
+        return HybridOutput(
+            loss=metrics.pop("loss", None), scores=scores, halt_logits=halt_logits, state=state, metrics=metrics
+        )
+
+    def answer(self, question: str, **kwargs: Any) -> Answer:
+        """Answer one question; see `hybrid.inference.answer`, where this is written."""
+        from hybrid.inference import answer
+
+        return answer(self, question, **kwargs)
+
+
+class _TextTable:
+    """Numbers and static vectors of the texts that fields are made of, so that each is embedded once."""
+
+    def __init__(self):
+        self.names: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self._encoded: dict[tuple[Field, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._vectors: Tensor | None = None
+
+    def _number(self, text: str) -> int:
+        if text not in self._numbers:
+            self._numbers[text] = len(self.names)
+            self.names.append(text)
+        return self._numbers[text]
+
+    def encode(self, fields: tuple[Field, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the names (fields,) and of the options (fields, options), -1 for padding."""
+        if fields not in self._encoded:
+            names = np.array([self._number(field.name) for field in fields])
+            options = np.full((len(fields), max(len(field.options) for field in fields)), -1)
+            for row, field in enumerate(fields):
+                options[row, : len(field.options)] = [self._number(option) for option in field.options]
+            self._encoded[fields] = (names, options)
+        return self._encoded[fields]
+
+    def vectors(self, backbone: Backbone) -> Tensor:
+        """Vectors of all texts so far (texts, backbone_dim), float32."""
+        have = 0 if self._vectors is None else len(self._vectors)
+        if have < len(self.names):
+            new = backbone.text_vectors(self.names[have:]).cpu()
+            self._vectors = new if self._vectors is None else torch.cat([self._vectors, new])
+        assert self._vectors is not None
+        return self._vectors

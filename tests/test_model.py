@@ -1,0 +1,147 @@
+"""HybridModel: parameters, save and load, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import CHOICES, tiny_reasoner
+
+from hybrid.backbone import Backbone
+from hybrid.config import AdapterConfig, BackboneConfig, HybridConfig, ReasonerConfig
+from hybrid.decoder import Field
+from hybrid.hub import upload_folder
+from hybrid.model import HybridModel
+
+QUESTION = "A is left of B . B is left of C . Where is A relative to C ?"
+
+
+def test_default_head_has_about_seven_million_parameters(capsys):
+    config = HybridConfig(
+        backbone=BackboneConfig(layers=[0, 12, 20]), backbone_dim=576, known_options=[f"o{n}" for n in range(9)]
+    )
+    with torch.device("meta"):
+        model = HybridModel(config)
+    groups = model.parameter_groups()
+    assert 6_500_000 <= sum(groups.values()) <= 7_500_000
+    assert set(groups) == {"adapter", "reasoner", "decoder"}
+
+
+def test_parameters_are_printed_in_peft_format(model, capsys):
+    model.print_trainable_parameters()
+    first, second = capsys.readouterr().out.splitlines()
+    trainable = sum(p.numel() for p in model.parameters())
+    assert first.startswith(f"trainable params: {trainable:,} || all params: ")
+    assert "|| trainable%: " in first and second.startswith("adapter: ")
+
+
+def test_save_load_same_answers(model, backbone, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    loaded = HybridModel.from_pretrained(tmp_path, backbone, dtype="float32")
+    assert loaded.answer(QUESTION) == model.answer(QUESTION)
+    assert loaded.config.to_dict()["reasoner"] == model.config.to_dict()["reasoner"]
+    assert set(loaded.state_dict()) == set(model.state_dict())
+    assert not any("backbone" in name for name in loaded.state_dict())
+
+
+def test_recorded_backbone_is_attached(model, backbone_folder, tmp_path):
+    model.config.backbone.name_or_path = str(backbone_folder)
+    model.config.backbone.dtype = "float32"
+    model.save_pretrained(tmp_path)
+    loaded = HybridModel.from_pretrained(tmp_path, dtype="float32")
+    assert loaded.answer(QUESTION).probability == pytest.approx(model.answer(QUESTION).probability, abs=1e-6)
+
+
+def test_two_heads_share_one_backbone_with_their_own_layers(model, backbone):
+    other = HybridModel.from_backbone(
+        backbone.with_settings([1], "plain"), backbone_config=BackboneConfig(), reasoner=tiny_reasoner()
+    )
+    assert other.backbone.model is model.backbone.model
+    assert other.backbone.layers == [1] and model.backbone.layers == [0, 1, 2]
+    assert other.embed([(None, QUESTION)])[0].shape[2] == 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "resampler"])
+@pytest.mark.parametrize("tie_levels", [True, False])
+def test_variants_run_backward_through_every_parameter(backbone, kind, tie_levels):
+    model = HybridModel.from_backbone(
+        backbone,
+        backbone_config=BackboneConfig(),
+        adapter=AdapterConfig(kind=kind, num_vectors=3),
+        reasoner=tiny_reasoner(tie_levels=tie_levels),
+        known_options=CHOICES,
+    )
+    fields = model.field_batch([[Field("answer", CHOICES)]])
+    model(*model.embed([(None, QUESTION)]), fields, labels=torch.tensor([[1]])).loss.backward()
+    # The halting head starts at zero: its weights learn, and nothing flows back through it yet.
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    silent = [name for name, p in model.named_parameters() if p.grad.abs().sum() == 0]
+    assert silent == []
+
+
+def test_wrong_hidden_size_is_refused(model, tmp_path):
+    from conftest import tiny_llama, word_tokenizer
+
+    model.save_pretrained(tmp_path)
+    wider = Backbone(tiny_llama(hidden_size=64), word_tokenizer(), name="wider", layers=[0, 1])
+    with pytest.raises(ValueError, match="trained on hidden size 32 .* wider has 64"):
+        HybridModel.from_pretrained(tmp_path, wider)
+
+
+def test_folder_that_is_no_head(model, backbone, tmp_path):
+    with pytest.raises(ValueError, match="no config.json"):
+        HybridModel.from_pretrained(tmp_path, backbone)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "weights.pt").write_bytes(b"\x80\x04")
+    with pytest.raises(ValueError, match="holds weights.pt: pickled weights are refused"):
+        HybridModel.from_pretrained(tmp_path, backbone)
+    with pytest.raises(ValueError, match="pickled weights are refused"):
+        upload_folder(tmp_path, "someone/head")
+    with pytest.raises(ValueError, match="no head at 'no/such-head'"):
+        HybridModel.from_pretrained("no/such-head", backbone)
+
+
+def test_weights_that_do_not_fit_their_config(model, backbone, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["reasoner"]["num_layers"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="weights do not fit its config.json, first at 'reasoner.networks.0.layers.2"):
+        HybridModel.from_pretrained(tmp_path, backbone)
+
+
+def test_missing_backbone_is_named(model, tmp_path):
+    model.config.backbone.name_or_path = "no/such-model"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="backbone.name_or_path='no/such-model' could not be loaded"):
+        HybridModel.from_pretrained(tmp_path)
+
+
+def test_unknown_config_keys_are_named():
+    with pytest.warns(UserWarning, match=r"unknown keys \['horizon'\]"):
+        HybridConfig(horizon=3)
+    with pytest.warns(UserWarning, match=r"section 'reasoner' has unknown keys \['depth'\]"):
+        HybridConfig(reasoner={"dim": 64, "num_heads": 4, "depth": 3})
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"dim": 10, "num_heads": 3}, "reasoner.num_heads=3: expected a divisor of dim=10"),
+        ({"num_cycles": 2, "num_gradient_cycles": 3}, "reasoner.num_gradient_cycles=3"),
+        ({"max_steps": 0}, "reasoner.max_steps=0"),
+    ],
+)
+def test_numbers_are_validated(section, message):
+    with pytest.raises(ValueError, match=message):
+        ReasonerConfig(**section)
+
+
+def test_card_names_the_backbone_and_takes_numbers_from_the_result_file(model, tmp_path):
+    results = {"split": "valid", "accuracy_by_depth": [{"depth": 1, "accuracy": 0.5, "interval": [0.4, 0.6], "n": 9}]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: tiny-llama" in card and "| valid | 1 | 0.500 | 0.400–0.600 | 9 |" in card
