@@ -1,0 +1,109 @@
+"""Examples with their hidden states: what training and evaluation read batches from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hybrid.backbone import Backbone, length_batches
+from hybrid.config import FeatureConfig
+from hybrid.data import Example
+from hybrid.decoder import FieldBatch
+from hybrid.features import FeatureCache, fill_cache, text_key
+from hybrid.losses import IGNORED
+from hybrid.model import HybridModel
+
+
+class EmbeddedExamples:
+    """Examples whose hidden states lie in the feature cache, handed out as padded batches.
+
+    Building one embeds what the cache lacks.
+
+    Args:
+        examples: Canonical examples.
+        backbone: The frozen model.
+        cache: The store that belongs to the backbone's fingerprint.
+        token_budget: Tokens in one batch of the backbone.
+        progress: Show a progress bar while embedding.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        backbone: Backbone,
+        cache: FeatureCache,
+        token_budget: int = 2048,
+        progress: bool = True,
+    ):
+        self.examples, self._cache = list(examples), cache
+        texts = [(example.context, example.question) for example in self.examples]
+        self._keys = [text_key(*text) for text in texts]
+        fill_cache(cache, backbone, texts, token_budget, progress)
+        self.lengths = cache.lengths(self._keys)
+        self._labels = [torch.tensor(label_numbers(example)) for example in self.examples]
+        self.num_fields = max(len(example.fields) for example in self.examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batches(self, token_budget: int) -> list[list[int]]:
+        """Row numbers in batches of similar length."""
+        return length_batches(self.lengths, token_budget)
+
+    def batch(
+        self, model: HybridModel, rows: Sequence[int], num_fields: int | None = None
+    ) -> tuple[Tensor, Tensor, FieldBatch, Tensor]:
+        """Hidden states, memory mask, fields and labels of some rows, on the model's device.
+
+        Args:
+            model: The head that will read them.
+            rows: Row numbers.
+            num_fields: Pad the fields to this number.
+        """
+        token_ids, stored, mask = self._cache.read_padded([self._keys[row] for row in rows])
+        fields = model.field_batch([self.examples[row].fields for row in rows], num_fields)
+        labels = torch.full(fields.name_index.shape, IGNORED)
+        for position, row in enumerate(rows):
+            labels[position, : len(self._labels[row])] = self._labels[row]
+        device = model.device
+        return model.all_layers(token_ids, stored), mask.to(device), fields, labels.to(device)
+
+
+def label_numbers(example: Example) -> list[int]:
+    """Number of the right option in each field."""
+    return [field.options.index(answer) for field, answer in zip(example.fields, example.answers, strict=True)]
+
+
+def known_options(examples: Sequence[Example], at_most: int = 1000) -> list[str]:
+    """Options worth a learned residual: all of them, unless the set is open (more than `at_most`)."""
+    options = sorted({option for fields in {e.fields for e in examples} for f in fields for option in f.options})
+    return options if len(options) <= at_most else []
+
+
+def common_choices(examples: Sequence[Example]) -> list[str] | None:
+    """The options, when every example asks one field with the same ones."""
+    asked = {example.fields for example in examples}
+    if len(asked) != 1:
+        return None
+    (fields,) = asked
+    return list(fields[0].options) if len(fields) == 1 else None
+
+
+def embed_examples(
+    config: FeatureConfig, backbone: Backbone, examples: Mapping[str, Sequence[Example]], progress: bool = True
+) -> dict[str, EmbeddedExamples]:
+    """Embed examples of several roles with one backbone; they share its store in the feature cache.
+
+    Args:
+        config: The `features` section of a run.
+        backbone: The frozen model, with the layers and template to use.
+        examples: Examples by role.
+        progress: Show progress bars.
+    """
+    fingerprint, num_layers = backbone.fingerprint(), backbone.num_stored_layers
+    cache = FeatureCache.open(config.folder, fingerprint, num_layers, backbone.dim, config.storage)
+    return {
+        role: EmbeddedExamples(rows, backbone, cache, config.token_budget, progress) for role, rows in examples.items()
+    }

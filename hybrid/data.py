@@ -1,0 +1,299 @@
+"""Sources to canonical examples: a local file, a Hub data set or a procedural task, all read through `datasets`.
+
+A source has splits, a split has rows, and `column_mapping` names what makes an example of a row. What a later stage
+could trip over (a missing column, an answer outside the options) is refused here, before anything is embedded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import random
+import re
+import string
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from hybrid.config import DataConfig
+from hybrid.decoder import Field
+
+ROLES = ("valid", "test", "train")  # in this order they cut slices of a split; what one takes, the next do not see
+COLUMNS = ("context", "question", "answer", "choices", "fields", "depth", "id")
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+VALID_NAMES = ("valid", "validation", "val", "dev")  # one split under four names
+SLICE = re.compile(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")  # train[-1000:], train[:90%]
+JSON = ('["', "[{", '{"')  # how a text begins that is a list or mapping in JSON
+SEED_STRIDE = 10_000_000  # reasoning_gym seeds row i with seed + i: splits and seeds must lie further apart than rows
+
+Rows = datasets.Dataset | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. `answers` holds one option text per field; `depth` is hops, proof depth or size, if known."""
+
+    context: str | None
+    question: str
+    fields: tuple[Field, ...]
+    answers: tuple[str, ...]
+    depth: int | None
+    id: str
+
+
+def load_examples(config: DataConfig, split: str) -> list[Example]:
+    """Load the examples of a role (`train`, `valid`, `test`) in the order of the source, sub-sampled by the config.
+
+    `config.train_split` and its like name the split of each role. A slice (`train[-5%:]`) is cut from a shuffle that
+    spreads the depths evenly, the same for every seed; `train` sees no question that was cut for another role.
+
+    Raises:
+        ValueError: The source, a split, a column or a row is not as expected; the message names it and the fix.
+        FileNotFoundError: `config.path` does not exist.
+
+    """
+    if split not in ROLES:
+        raise ValueError(f"split={split!r}: expected 'train', 'valid' or 'test'")
+    if config.path is None and bool(config.hub_id) == bool(config.reasoning_gym):
+        raise ValueError("data: set one source: data.path (a local file), data.hub_id or data.reasoning_gym")
+    examples = _role_examples(config, split)
+    depths = sorted({str(example.depth) for example in examples})
+    if split == "train" and config.train_depths is not None:
+        examples = [example for example in examples if example.depth in config.train_depths]
+    if not examples:
+        raise ValueError(f"no {split} rows: data.train_depths={config.train_depths}, depths of the source {depths}")
+    limit = config.max_train_examples if split == "train" else config.max_eval_examples
+    return [examples[row] for row in sorted(_shuffle(examples, config.seed, proportional=False)[:limit])]
+
+
+def data_fingerprint(examples: Iterable[Example]) -> str:
+    """Hash everything in the examples, and their order, to 16 letters that are the same on every machine."""
+    lines = (json.dumps(asdict(example), sort_keys=True) for example in examples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _role_examples(config: DataConfig, role: str) -> list[Example]:
+    if config.path or config.hub_id:
+        splits = _read_path(Path(config.path).expanduser()) if config.path else _read_hub(config)
+        found = {each: _find_split(config, each, splits) for each in ROLES}
+    else:
+        splits = {each: _generate(config, each) for each in {"train", role}}
+        found = {each: (each, None) for each in ROLES}
+    name, bounds = found[role]
+    if name not in splits:
+        raise ValueError(f"data.{role}_split={name!r}: there are {sorted(splits)}; name one or a slice: 'train[-5%:]'")
+    train_rows, taken = splits.get(found["train"][0], []), []
+    examples = _to_examples(config, name, splits[name], train_rows)
+    for other, other_bounds in (found[each] for each in ROLES[: ROLES.index(role)]):
+        taken += _cut(examples, other_bounds) if other == name and other_bounds else []
+    if config.path is None and config.hub_id is None and role != "train":  # generated questions can coincide
+        taken = _to_examples(config, "train", train_rows, train_rows)
+    texts = {(example.context, example.question) for example in taken}
+    return [example for example in _cut(examples, bounds) if (example.context, example.question) not in texts]
+
+
+def _find_split(config: DataConfig, role: str, present: Iterable[str]) -> tuple[str, tuple[str, str] | None]:
+    """Find what the source calls the split of a role, and the bounds if it is a slice."""
+    value = getattr(config, f"{role}_split")
+    if (match := SLICE.fullmatch(value)) is None:
+        raise ValueError(f"data.{role}_split={value!r}: expected a split or a slice of one, such as 'train[-1000:]'")
+    name, start, stop = match.groups()
+    if name not in present and name in VALID_NAMES:
+        name = next((other for other in VALID_NAMES if other in present), name)
+    return name, (start, stop) if "[" in value else None
+
+
+def _cut(examples: list[Example], bounds: tuple[str, str] | None) -> list[Example]:
+    rows = _shuffle(examples, seed=0, proportional=True)
+    start, stop = (b and (len(rows) * int(b[:-1]) // 100 if "%" in b else int(b)) for b in bounds or (None, None))
+    return [examples[row] for row in sorted(rows[start:stop])]
+
+
+def _shuffle(examples: Sequence[Example], seed: int, *, proportional: bool) -> list[int]:
+    """Shuffle row numbers so that every stretch holds each depth, by its share or all depths equally often."""
+    sizes, seen, places = Counter(example.depth for example in examples), Counter(), []
+    for row in random.Random(seed).sample(range(len(examples)), len(examples)):
+        depth = examples[row].depth
+        places.append(((seen[depth] + 0.5) / (sizes[depth] if proportional else 1), str(depth), row))
+        seen[depth] += 1
+    return [row for *_, row in sorted(places)]
+
+
+def _read_path(path: Path) -> dict[str, Rows]:
+    """Read a file, split by its column `split` if it has one, or a folder with one file per split."""
+    if not path.exists():
+        raise FileNotFoundError(f"data.path={str(path)!r} does not exist: expected a file, or a folder of files")
+    if path.is_dir():
+        return {file.stem: _read_file(file) for file in sorted(path.iterdir()) if file.suffix in READERS}
+    rows = _read_file(path)
+    if "split" not in rows.column_names:
+        return {"train": rows}
+    names = rows["split"][:]
+    return {str(name): rows.select([i for i, x in enumerate(names) if x == name]) for name in dict.fromkeys(names)}
+
+
+def _read_file(path: Path) -> datasets.Dataset:
+    if path.suffix not in READERS or path.stat().st_size == 0:
+        raise ValueError(f"data.path={str(path)!r}: expected a file with rows that ends in {', '.join(READERS)}")
+    # Only an empty cell is missing: pandas would read the answers "None" and "NA" as missing, too.
+    options = {"keep_default_na": False, "na_values": [""]} if path.suffix == ".csv" else {}
+    source = {"path": READERS[path.suffix], "data_files": {"rows": str(path)}, "split": "rows", **options}
+    try:  # the cache is thrown away and the rows stay in memory: works offline and where nothing may be written
+        with tempfile.TemporaryDirectory() as folder:
+            return datasets.load_dataset(**source, cache_dir=folder, keep_in_memory=True)
+    except DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"data.path={str(path)!r} cannot be read as {READERS[path.suffix]}: {reason}") from error
+
+
+def _read_hub(config: DataConfig) -> dict[str, Rows]:
+    hub_id, at = config.hub_id, {"revision": config.revision}
+    try:
+        if config.hub_config is None:
+            names = datasets.get_dataset_config_names(hub_id, **at)
+            if config.train_split.partition("[")[0] in names:  # Knights & Knaves: configurations are the splits
+                parts = {name: datasets.load_dataset(hub_id, name, **at) for name in names}
+                return {name: datasets.concatenate_datasets(list(part.values())) for name, part in parts.items()}
+        # The Hub's own Parquet export of a loading script has folders where the script had configurations.
+        key = "data_dir" if config.revision == "refs/convert/parquet" else "name"
+        return dict(datasets.load_dataset(hub_id, **at, **{key: config.hub_config}))
+    except (DatasetNotFoundError, ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(f"data.hub_id={hub_id!r}: {reason}; a local copy can be given as data.path") from error
+
+
+def _to_examples(config: DataConfig, split: str, rows: Rows, train_rows: Rows) -> list[Example]:
+    canonical, choices, examples = _canonical_rows(config, rows), config.choices, []
+    if choices is None and any(row.get("choices") is None and row.get("fields") is None for row in canonical):
+        # A closed vocabulary: the answers of the training split alone, lest the options tell of the test answers.
+        answers = [row["answer"] for row in _canonical_rows(config, train_rows)]
+        choices = sorted({str(answer).strip() for answer in answers if answer is not None}) or None
+    for number, row in enumerate(canonical, start=1):
+        name = f"{split}-{number}" if row.get("id") is None else str(row["id"])
+        try:
+            examples.append(_to_example(row, choices, name))
+        except ValueError as error:
+            raise ValueError(f"row {number} of split {split!r} (id {name!r}): {error}") from None
+    return examples
+
+
+def _canonical_rows(config: DataConfig, rows: Rows) -> list[dict[str, Any]]:
+    if len(rows) == 0:
+        return []
+    sources = _column_sources(config, list(rows[0]))
+    if isinstance(rows, datasets.Dataset):
+        rows = rows.select_columns(sorted({name for _, names in sources.values() for name in names}))
+        texts = {name: kind.names for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+        rows = [row | {k: texts[k][row[k]] for k in texts if row[k] is not None} for row in rows.to_list()]
+    return [{key: s.format(**row) if "{" in s else row.get(s) for key, (s, _) in sources.items()} for row in rows]
+
+
+def _column_sources(config: DataConfig, present: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
+    """Find the source of each canonical column, a column or a format string, and the columns that it reads."""
+    if unknown := sorted(set(config.column_mapping) - set(COLUMNS)):
+        raise ValueError(f"data.column_mapping has {unknown}: the canonical columns are {list(COLUMNS)}")
+    sources = {}
+    for column in COLUMNS:
+        source = config.column_mapping.get(column, column)
+        parts = string.Formatter().parse(source) if "{" in source else [("", source)]
+        names = [re.split(r"[.\[]", part[1])[0] for part in parts if part[1]]
+        missing = [name for name in names if name not in present]
+        if not missing:
+            sources[column] = source, names
+        elif column in present:  # so that one config reads the Hub's columns and a local copy in canonical ones
+            sources[column] = column, [column]
+        elif column in config.column_mapping or column in ("question", "answer"):
+            hint = f"the columns are {sorted(present)}; name the right one in data.column_mapping"
+            raise ValueError(f"{column!r} is to come from the column {missing[0]!r}: {hint}")
+    return sources
+
+
+def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str) -> Example:
+    texts = (row.get("context") or "", row["question"] or "")
+    context, question = (" ".join(text).strip() if isinstance(text, list) else str(text).strip() for text in texts)
+    if not question:
+        raise ValueError("the question is empty")
+    values = (row.get(column) for column in ("answer", "fields", "choices"))  # a table holds mappings as JSON
+    answer, given, options = (json.loads(v) if isinstance(v, str) and v[:2] in JSON else v for v in values)
+    options = choices if options is None else options
+    if isinstance(answer, Mapping):  # None: a key of other rows, where `datasets` gave all rows the same keys
+        answer = {key: value for key, value in answer.items() if value is not None}
+        given = list(answer) if given is None else given
+    elif given is None:
+        given, answer = ["answer"], {"answer": answer}
+    # A field is {name, options}, or a name whose options are the choices.
+    named = {f: options for f in given if isinstance(f, str)} or {f["name"]: f.get("options", options) for f in given}
+    if isinstance(answer, list) and len(answer) == len(named):
+        answer = dict(zip(named, answer, strict=True))
+    if not isinstance(answer, Mapping) or not named or set(answer) != set(named):
+        raise ValueError(f"answer {answer!r}: expected one option for each of the fields {list(named)}")
+    if wrong := {key: values for key, values in named.items() if not isinstance(values, list | tuple)}:
+        raise ValueError(f"choices of the fields {wrong}: expected lists of texts, or set data.choices")
+    fields = tuple(Field(key, tuple(str(value).strip() for value in values)) for key, values in named.items())
+    answers = tuple(_pick(field, answer[field.name]) for field in fields)
+    return Example(context or None, question, fields, answers, _to_depth(row.get("depth")), name)
+
+
+def _pick(field: Field, value: Any) -> str:
+    """Find the option that an answer means: by text, or by letter or truth value where these are no options."""
+    text = "" if value is None else str(value).strip()
+    if text in field.options:
+        return text
+    if isinstance(value, bool) and len(field.options) == 2:
+        return field.options[value]
+    letters = string.ascii_uppercase[: len(field.options)]
+    if len(text) == 1 and text in letters and all(len(option) > 1 for option in field.options):
+        return field.options[letters.index(text)]
+    shown = f"{list(field.options[:12])}{'' if len(field.options) <= 12 else f' and {len(field.options) - 12} more'}"
+    raise ValueError(f"{field.name} {value!r} is not among the choices {shown}: data.choices can list them all")
+
+
+def _to_depth(value: Any) -> int | None:
+    """Read a number, the number at the end of a text (`task_1.3`), or the length of a list."""
+    if value is None or isinstance(value, list):
+        return None if value is None else len(value)
+    if (number := re.search(r"(\d+)(?:\.0)?$", str(value))) is None:
+        raise ValueError(f"depth {value!r}: expected a whole number")
+    return int(number[1])
+
+
+def _generate(config: DataConfig, role: str) -> list[dict[str, Any]]:
+    try:
+        from reasoning_gym.factory import DATASETS, create_dataset
+    except ImportError as error:
+        raise RuntimeError("data.reasoning_gym needs a package: pip install reasoning-gym") from error
+    task = config.reasoning_gym
+    size = (config.max_train_examples or 10_000) if role == "train" else (config.max_eval_examples or 500)
+    if task not in DATASETS:
+        close = difflib.get_close_matches(task, DATASETS) or sorted(DATASETS)
+        raise ValueError(f"data.reasoning_gym={task!r} is no task; close ones: {', '.join(close)}")
+    seed = (config.seed * len(ROLES) + ROLES.index(role)) * SEED_STRIDE
+    try:
+        rows = list(create_dataset(task, **{"size": size, "seed": seed} | config.task_parameters))
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"data.task_parameters={config.task_parameters}: {task} refuses them: {error}") from error
+    to_row = {"knights_knaves": _knights_knaves, "mini_sudoku": _sudoku, "sudoku": _sudoku}.get(task, dict)
+    return [to_row({**row["metadata"], **row}) for row in rows]  # metadata are columns, which can be mapped
+
+
+def _sudoku(row: Mapping[str, Any]) -> dict[str, Any]:
+    puzzle = "\n".join(" ".join(str(digit or "_") for digit in line) for line in row["puzzle"])
+    cells = {f"r{r}c{c}": str(x) for r, line in enumerate(row["solution"], 1) for c, x in enumerate(line, 1)}
+    fields = [{"name": cell, "options": [str(x + 1) for x in range(len(row["puzzle"]))]} for cell in cells]
+    question = "Which digit belongs in each cell of this Sudoku?"
+    return {"context": puzzle, "question": question, "fields": fields, "answer": cells, "depth": row["num_empty"]}
+
+
+def _knights_knaves(row: Mapping[str, Any]) -> dict[str, Any]:
+    context, _, question = row["question"].partition(" (Format")[0].rpartition(" So ")
+    options = [str(row["knight_knave_terms"][kind]) for kind in ("knave", "knight")]
+    fields = [{"name": str(name), "options": options} for name in row["names"]]
+    answer = [bool(is_knight) for is_knight in row["solution"]]
+    return {"context": context, "question": f"So {question}", "fields": fields, "answer": answer, "depth": len(fields)}

@@ -1,0 +1,395 @@
+"""Sources become canonical examples, splits stay apart, and what is wrong is refused with one line that helps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+from jsonargparse import ArgumentParser
+
+from hybrid.config import DataConfig, RunConfig
+from hybrid.data import data_fingerprint, load_examples
+from hybrid.decoder import Field
+
+HERE = Path(__file__).parent
+STEPGAME, KNIGHTS = HERE / "data/stepgame_sample.jsonl", HERE / "data/knights_knaves_sample.jsonl"
+CONFIGS = sorted((HERE.parent / "configs").glob("*.yaml"))
+SHARED = HERE.parent / "../shared/data"
+LOCAL_COPIES = {  # of the sets whose licence or size keeps a sample from being shipped: file, role, rows at least
+    "babi": ("babi_en.jsonl", "test", 20_000),  # with an answer that the training split lacks
+    "clutrr": ("clutrr_089907f8.jsonl", "valid", 400),
+    "prontoqa": ("prontoqa.jsonl", "valid", 200),
+    "proofwriter": ("proofwriter_d5.jsonl", "test", 600),  # where the split is called dev
+}
+ROW = {"question": "Which?", "answer": "a", "choices": ["a", "b"]}
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(rows: list[dict], folder: Path, split: str = "train", **settings):
+    return load_examples(DataConfig(path=write(folder / "rows.jsonl", rows), **settings), split)
+
+
+def numbered(count: int) -> list[dict]:
+    return [{**ROW, "question": f"Question {n}?", "depth": n % 4 + 1, "id": n} for n in range(count)]
+
+
+def by_depth(examples) -> dict:
+    return dict(sorted(Counter(example.depth for example in examples).items()))
+
+
+def questions(examples) -> set:
+    return {(example.context, example.question) for example in examples}
+
+
+# A local file
+
+
+def test_split_column_and_canonical_columns():
+    config = DataConfig(path=str(STEPGAME))
+    train, test = load_examples(config, "train"), load_examples(config, "test")
+    assert by_depth(train) == by_depth(test) == {1: 20, 2: 20, 3: 20}
+    first = train[0]
+    assert first.context == "X is to the left of K and is on the same horizontal plane."
+    assert first.question == "What is the relation of the agent X to the agent K?"
+    assert first.answers == ("left",) and first.id == "clean-1-train-0"
+    assert first.fields[0].name == "answer" and first.fields[0].options[:3] == ("above", "below", "left")
+    assert {example.id.split("-")[2] for example in test} == {"test"}
+
+
+def test_reading_leaves_no_cache_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    before = set(STEPGAME.parent.iterdir())
+    assert len(load_examples(DataConfig(path=str(STEPGAME)), "valid")) == 60
+    assert not (tmp_path / "cache").exists() and set(STEPGAME.parent.iterdir()) == before
+
+
+def test_depth_filter_is_for_training_only():
+    config = DataConfig(path=str(STEPGAME), train_depths=[1, 3])
+    assert by_depth(load_examples(config, "train")) == {1: 20, 3: 20}
+    assert by_depth(load_examples(config, "valid")) == {1: 20, 2: 20, 3: 20}
+
+
+def test_subsample_is_even_over_depths_and_seeded(tmp_path):
+    rows = numbered(40) + [{**ROW, "question": f"Rare {n}?", "depth": 9} for n in range(3)]
+    some = load(rows, tmp_path, max_train_examples=15)
+    assert by_depth(some) == {1: 3, 2: 3, 3: 3, 4: 3, 9: 3}
+    assert some == load(rows, tmp_path, max_train_examples=15)
+    assert some != load(rows, tmp_path, max_train_examples=15, seed=1)
+    assert [example.id for example in some if example.depth != 9] == sorted(
+        (example.id for example in some if example.depth != 9), key=int
+    )  # the order of the source
+
+
+@pytest.mark.parametrize("valid_split", ["train[-20%:]", "train[:8]", "train[4:12]"])
+def test_slices_are_spread_over_depths_and_kept_from_training(tmp_path, valid_split):
+    train, valid = (load(numbered(40), tmp_path, role, valid_split=valid_split) for role in ("train", "valid"))
+    assert by_depth(valid) == {1: 2, 2: 2, 3: 2, 4: 2}
+    assert len(train) == 32 and not questions(train) & questions(valid)
+    assert valid == load(numbered(40), tmp_path, "valid", valid_split=valid_split, seed=7)  # no seed sees another's
+
+
+def test_a_slice_has_each_depth_by_its_share(tmp_path):
+    rows = [{**ROW, "question": f"Question {n}?", "depth": 1 if n < 30 else 2} for n in range(40)]
+    assert by_depth(load(rows, tmp_path, "valid", valid_split="train[-20%:]")) == {1: 6, 2: 2}
+
+
+def test_a_question_that_was_cut_is_kept_from_training_wherever_it_recurs(tmp_path):
+    rows = numbered(10) * 4
+    train, valid = (load(rows, tmp_path, role, valid_split="train[-3:]") for role in ("train", "valid"))
+    assert len(valid) == 3 and train and not questions(train) & questions(valid)
+
+
+def test_complementary_slices_lose_no_row(tmp_path):
+    settings = {"train_split": "train[:93%]", "valid_split": "train[93%:]"}
+    train, valid = (load(numbered(41), tmp_path, role, **settings) for role in ("train", "valid"))
+    assert len(train) + len(valid) == 41 and len(questions(train) | questions(valid)) == 41
+
+
+def test_a_small_slice_of_few_rows_is_never_everything(tmp_path):
+    assert len(load(numbered(10), tmp_path, "valid", valid_split="train[-5%:]")) == 1
+
+
+def test_valid_is_known_by_four_names(tmp_path):
+    rows = [{**ROW, "split": "train"}, {**ROW, "question": "Dev?", "split": "dev"}]
+    assert load(rows, tmp_path, "valid")[0].question == "Dev?"
+
+
+def test_folder_with_one_file_per_split(tmp_path):
+    shutil.copy(STEPGAME, tmp_path / "test.jsonl")
+    datasets.Dataset.from_list([ROW, ROW]).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "valid.json").write_text(json.dumps([ROW]))
+    config = DataConfig(path=str(tmp_path))
+    assert [len(load_examples(config, role)) for role in ("train", "valid", "test")] == [2, 1, 180]
+
+
+def test_table_cells(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        'question,answer,choices,depth\n"Who?",None,"[""None"", ""NA""]",2\n"Who?",NA,"[""None"", ""NA""]",\n'
+    )
+    examples = load_examples(DataConfig(path=str(path)), "train")
+    assert [example.answers for example in examples] == [("None",), ("NA",)]
+    assert [example.depth for example in examples] == [2, None]
+
+
+# Fields
+
+
+def test_mappings_of_different_names_stay_whole():
+    examples = load_examples(DataConfig(path=str(KNIGHTS)), "train")
+    rows = [json.loads(line) for line in KNIGHTS.read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "train"]
+    assert len({name for row in rows for name in row["answer"]}) > 8
+    for example, row in zip(examples, rows, strict=True):
+        assert {f.name: answer for f, answer in zip(example.fields, example.answers, strict=True)} == row["answer"]
+        assert all(f.options == ("knight", "knave") for f in example.fields)
+
+
+def test_two_rows_with_other_keys(tmp_path):  # too few names for `datasets` to fall back to JSON
+    rows = [{"question": "Who?", "answer": {name: "yes"}} for name in ("Ann", "Bob")]
+    first, second = load(rows, tmp_path, choices=["yes", "no"])
+    assert first.fields == (Field("Ann", ("yes", "no")),) and second.fields == (Field("Bob", ("yes", "no")),)
+
+
+def test_answers_by_letter_and_truth_value(tmp_path):
+    rows = [{"question": "Which?", "answer": answer, "choices": ["red", "blue"]} for answer in ("B", "red")]
+    assert [example.answers for example in load(rows, tmp_path)] == [("blue",), ("red",)]
+    rows = [{"question": "Is it?", "answer": answer, "choices": ["wrong", "right"]} for answer in (False, True)]
+    assert [example.answers for example in load(rows, tmp_path)] == [("wrong",), ("right",)]
+    with pytest.raises(ValueError, match="'A' is not among"):  # a letter of its own is no position
+        load([{"question": "Which?", "answer": "A", "choices": ["B", "C"]}], tmp_path)
+
+
+# Column mapping
+
+
+def test_mapping_joins_lists_formats_and_falls_back(tmp_path):
+    mapping = {"context": "story", "question": "How is {pair[0]} to {pair[1]}?", "answer": "label", "depth": "task"}
+    source = {"story": ["A saw B.", "B ran."], "pair": ["A", "B"], "label": "a", "task": "task_1.10"}
+    examples = load([source], tmp_path, column_mapping=mapping, choices=["a", "b"])
+    assert (examples[0].context, examples[0].question, examples[0].depth) == ("A saw B. B ran.", "How is A to B?", 10)
+    copy = {"context": "A saw B.", "question": "How?", "answer": "b", "depth": 3}
+    examples = load([copy], tmp_path, column_mapping=mapping, choices=["a", "b"])
+    assert (examples[0].context, examples[0].question, examples[0].depth) == ("A saw B.", "How?", 3)
+
+
+def test_mapping_that_fits_nothing_lists_the_columns(tmp_path):
+    with pytest.raises(ValueError, match=r"'question' .* 'query'.*\['answer', 'choices', 'text'\]"):
+        load([{"text": "?", "answer": "a", "choices": ["a"]}], tmp_path, column_mapping={"question": "query"})
+
+
+# A Hub data set (a folder of the same form is read by the same code of `datasets`)
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "hub"
+
+
+def test_hub_labels_are_texts(hub_folder):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    for split, labels in (("train", [0, 1]), ("validation", [1, 1])):
+        rows = datasets.Dataset.from_dict({"text": ["One?", "Two?"], "label": labels}, features=features)
+        rows.to_parquet(hub_folder / f"{split}.parquet")
+    config = DataConfig(hub_id=str(hub_folder), column_mapping={"question": "text", "answer": "label"})
+    assert [example.answers for example in load_examples(config, "train")] == [("no",), ("yes",)]
+    assert load_examples(config, "valid")[0].fields == (Field("answer", ("no", "yes")),)
+
+
+def test_hub_configurations_as_splits(hub_folder):
+    """The form of Knights & Knaves on the Hub, read with the shipped config."""
+    card = "---\nconfigs:\n"
+    for name in ("train", "test"):
+        card += f"- config_name: {name}\n  data_files:\n"
+        for people in (["Ann", "Bo"], ["Ann", "Bo", "Cy"]):
+            rows = [{"quiz": f"{name} {people}", "names": people, "solution": [True, False, True][: len(people)]}]
+            write(hub_folder / f"{name}/{len(people)}.jsonl", rows)
+            card += f"  - split: {len(people)}ppl\n    path: {name}/{len(people)}.jsonl\n"
+    (hub_folder / "README.md").write_text(card + "---\n")
+    config = parse(HERE.parent / "configs/knights_knaves_smollm2.yaml", "--data.hub_id", str(hub_folder)).data
+    two, three = load_examples(config, "test")
+    assert (two.depth, two.answers) == (2, ("knight", "knave"))
+    assert (three.depth, three.answers) == (3, ("knight", "knave", "knight"))
+    assert [field.name for field in three.fields] == ["Ann", "Bo", "Cy"]
+
+
+def test_hub_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match=r"no-one/nothing.*data\.path") as error:
+        load_examples(DataConfig(hub_id="no-one/nothing"), "train")
+    assert "\n" not in str(error.value)
+
+
+# Closed vocabularies
+
+
+def test_options_default_to_the_answers_of_training(tmp_path):
+    rows = [{"question": f"{n}?", "answer": answer, "split": "train"} for n, answer in enumerate("cab")]
+    rows += [{"question": "4?", "answer": "b", "split": "test", "choices": None}]
+    assert load(rows, tmp_path, "test")[0].fields[0].options == ("a", "b", "c")
+    rows += [{"question": "5?", "answer": "d", "split": "test"}]
+    with pytest.raises(ValueError, match=r"row 2 of split 'test'.*'d' is not among.*data\.choices"):
+        load(rows, tmp_path, "test")
+    assert load(rows, tmp_path, "test", choices=["a", "b", "c", "d"])[1].answers == ("d",)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([ROW, {**ROW, "answer": "c", "id": "x7"}], {}, r"row 2 of split 'train' \(id 'x7'\).*'c' is not among.*'a'"),
+        ([ROW, {**ROW, "question": " "}], {}, "row 2 .*question is empty"),
+        ([ROW, {**ROW, "answer": None}], {}, "row 2 .*answer None is not among"),
+        ([{**ROW, "choices": ["a", "b", "a"]}], {}, "row 1 .*twice.*'a'"),
+        ([{**ROW, "choices": "a, b"}], {}, r"row 1 .*'a, b'.*expected lists.*data\.choices"),
+        ([{**ROW, "answer": {"x": "a"}, "fields": ["x", "y"]}], {}, "row 1 .*one option for each.*'x', 'y'"),
+        ([{**ROW, "depth": "deep"}], {}, "row 1 .*depth 'deep'.*whole number"),
+        ([{"question": "?"}], {}, r"'answer'.*\['question'\].*column_mapping"),
+        ([ROW], {"column_mapping": {"contxt": "a"}}, "contxt.*canonical columns"),
+        ([{**ROW, "depth": 2}], {"train_depths": [7]}, r"train_depths=\[7\].*'2'"),
+        ([ROW], {"train_split": "training"}, r"train_split='training'.*\['train'\]"),
+        ([ROW], {"train_split": "train[3]"}, r"'train\[3\]'.*slice"),
+        ([ROW], {"train_split": "train[:0]"}, "no train rows"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_refused(tmp_path, rows, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(rows, tmp_path, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_sources_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.path.*data\.hub_id.*data\.reasoning_gym"):
+        load_examples(DataConfig(), "train")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl.*does not exist"):
+        load_examples(DataConfig(path=str(tmp_path / "nowhere.jsonl")), "train")
+    for name, text in (("rows.txt", "a"), ("rows.jsonl", "")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}.*\.jsonl, \.csv, \.parquet"):
+            load_examples(DataConfig(path=str(tmp_path / name)), "train")
+    (tmp_path / "rows.jsonl").write_text('{"question": ')
+    with pytest.raises(ValueError, match=r"rows\.jsonl.*json"):
+        load_examples(DataConfig(path=str(tmp_path / "rows.jsonl")), "train")
+    with pytest.raises(ValueError, match="expected 'train', 'valid' or 'test'"):
+        load_examples(DataConfig(path=str(STEPGAME)), "dev")
+
+
+# Procedural tasks
+
+
+def test_sudoku_is_a_grid_of_fields():
+    pytest.importorskip("reasoning_gym")
+    config = DataConfig(reasoning_gym="mini_sudoku", max_train_examples=8, task_parameters={"max_empty": 9})
+    for example in load_examples(config, "train"):
+        assert [field.name for field in example.fields[:5]] == ["r1c1", "r1c2", "r1c3", "r1c4", "r2c1"]
+        assert all(field.options == ("1", "2", "3", "4") for field in example.fields)
+        given = example.context.split()
+        assert given.count("_") == example.depth <= 9
+        assert all(cell in ("_", answer) for cell, answer in zip(given, example.answers, strict=True))
+        lines = [example.answers[row : row + 4] for row in (0, 4, 8, 12)]
+        assert all(sorted(line) == list("1234") for line in [*lines, *zip(*lines, strict=True)])
+
+
+def test_knights_and_knaves_are_fields_by_name():
+    pytest.importorskip("reasoning_gym")
+    config = DataConfig(reasoning_gym="knights_knaves", max_train_examples=20, task_parameters={"n_people": 3})
+    for example in load_examples(config, "train"):
+        assert example.depth == len(example.fields) == 3 and example.question.endswith("?")
+        for field, answer in zip(example.fields, example.answers, strict=True):
+            assert field.name in example.context and answer in example.question
+        assert "Format" not in example.context + example.question
+
+
+def test_procedural_splits_and_seeds_share_nothing():
+    pytest.importorskip("reasoning_gym")
+    settings = {"reasoning_gym": "family_relationships", "max_train_examples": 60, "max_eval_examples": 30}
+    config = DataConfig(**settings, column_mapping={"depth": "family_size"})
+    roles = {role: load_examples(config, role) for role in ("train", "valid", "test")}
+    assert len(roles["train"]) == 60 and set(by_depth(roles["train"])) <= {4, 5, 6, 7, 8}
+    assert roles["train"] == load_examples(config, "train")
+    texts = [questions(examples) for examples in roles.values()]
+    assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+    assert not texts[0] & questions(load_examples(DataConfig(**settings, seed=1), "train"))
+
+
+def test_questions_of_training_are_dropped_from_evaluation():
+    pytest.importorskip("reasoning_gym")  # 50 different questions at most
+    settings = {"max_train_examples": 30, "max_eval_examples": 100, "choices": ["0", "1", "2", "3", "4", "5", "6"]}
+    config = DataConfig(reasoning_gym="count_bits", task_parameters={"min_n": 1, "max_n": 50}, **settings)
+    train, valid = load_examples(config, "train"), load_examples(config, "valid")
+    assert 0 < len(valid) < 100 and not questions(train) & questions(valid)
+
+
+def test_bad_tasks_are_refused():
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match="sudokus.*sudoku, mini_sudoku"):
+        load_examples(DataConfig(reasoning_gym="sudokus"), "train")
+    with pytest.raises(ValueError, match="task_parameters.*sudoku.*'colour'"):
+        load_examples(DataConfig(reasoning_gym="sudoku", task_parameters={"colour": 1}), "train")
+
+
+# Fingerprint
+
+
+def test_fingerprint_knows_content_and_order(tmp_path):
+    examples = load(numbered(6), tmp_path)
+    assert data_fingerprint(examples) == data_fingerprint(load(numbered(6), tmp_path))
+    others = [examples[::-1], examples[1:], load(numbered(6), tmp_path, column_mapping={"question": "{question}!"})]
+    assert len({data_fingerprint(each) for each in [examples, *others]}) == 4
+    assert data_fingerprint(load_examples(DataConfig(path=str(STEPGAME)), "test")) == "42be1dc5daab6cdf"
+
+
+# Shipped configs
+
+
+def parse(config: Path, *flags: str) -> RunConfig:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(RunConfig)
+    values = parser.instantiate(parser.parse_args([f"--config={config}", *flags]))
+    return RunConfig(**{name: values[name] for name in RunConfig.__dataclass_fields__})
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_parses_and_says_how_to_run_it(config):
+    run, text = parse(config), config.read_text()
+    assert run.data.hub_id and run.training.output_folder == f"runs/{config.stem}"
+    stages = run.training.recursion_schedule
+    assert (stages[0].num_latent_passes, stages[0].num_cycles, stages[0].max_steps) == (1, 1, 1)
+    assert stages[-1].start < run.training.num_updates
+    for words in (
+        f"hybrid train configs/{config.name}",
+        "--data.path",
+        "Expected time:",
+        "Expected score:",
+        "Floors:",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(("name", "sample"), [("stepgame", STEPGAME), ("knights_knaves", KNIGHTS)])
+def test_config_reads_the_shipped_sample(name, sample):
+    data = parse(HERE.parent / f"configs/{name}_smollm2.yaml", f"--data.path={sample}").data
+    roles = {role: load_examples(data, role) for role in ("train", "valid", "test")}
+    assert all(roles.values()) and not questions(roles["train"]) & questions(roles["valid"])
+
+
+@pytest.mark.parametrize("name", LOCAL_COPIES)
+def test_config_reads_the_local_copy(name):
+    file, role, at_least = LOCAL_COPIES[name]
+    if not (SHARED / file).exists():
+        pytest.skip("no local copy")
+    data = parse(HERE.parent / f"configs/{name}_smollm2.yaml", f"--data.path={SHARED / file}").data
+    assert len(load_examples(data, role)) >= at_least
