@@ -1,0 +1,306 @@
+"""Answers: batching, early exit, rollouts, traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid.backbone import length_batches
+from hybrid.decoder import Field, FieldBatch
+from hybrid.model import HybridModel
+from hybrid.reasoner import has_halted
+
+ROLLOUT_NOISE = 1.0  # standard deviation on z, whose own components have unit variance
+TOKEN_BUDGET = 8192  # tokens of one inference batch, padding included
+
+
+@dataclass
+class Refined:
+    """A batch after refinement, on the CPU.
+
+    Attributes:
+        scores: Logits of the options at each row's last step, (batch, fields, options).
+        halt_logits: The q head at that step, (batch,).
+        steps: Refinement steps that each row used, (batch,).
+        scores_by_step: (steps, batch, fields, options), a halted row keeps its last scores; `None` unless asked for.
+        halt_logits_by_step: (steps, batch), likewise.
+    """
+
+    scores: Tensor
+    halt_logits: Tensor
+    steps: Tensor
+    scores_by_step: Tensor | None = None
+    halt_logits_by_step: Tensor | None = None
+
+
+@dataclass
+class Answer:
+    """The answer to one question.
+
+    Attributes:
+        value: The chosen option, or a mapping field name → option when several fields were asked.
+        probability: Probability of `value` over the offered options; of all fields together, when there are several.
+        steps: Refinement steps used.
+        trace: Per step, field name → option → probability.
+        halt_probability: The q head's belief that every field is right.
+    """
+
+    value: str | dict[str, str]
+    probability: float
+    steps: int
+    trace: list[dict[str, dict[str, float]]]
+    halt_probability: float
+
+
+@torch.inference_mode()
+def refine(
+    model: HybridModel,
+    hidden_states: Tensor,
+    memory_mask: Tensor,
+    fields: FieldBatch,
+    *,
+    max_steps: int | None = None,
+    halting: str | None = None,
+    noise: float = 0.0,
+    by_step: bool = False,
+) -> Refined:
+    """Refine a batch; rows that halt leave it at once, so their compute is saved.
+
+    Args:
+        model: The head, in eval mode.
+        hidden_states: (batch, tokens, layers, backbone_dim).
+        memory_mask: (batch, tokens).
+        fields: What is asked.
+        max_steps: Refinement steps at most; more than in training are allowed.
+        halting: `learned`, `convergence` or `never`.
+        noise: Standard deviation of noise on the initial scratch latent.
+        by_step: Keep scores of every step.
+    """
+    max_steps = max_steps or model.config.reasoner.max_steps
+    halting = halting or model.config.reasoner.halting
+    tolerance = model.config.reasoner.convergence_tolerance
+    encoded = model.encode(hidden_states, memory_mask, fields)
+    state = model.reasoner.initial_state(encoded.slots, noise)
+    result = _empty_result(fields, max_steps, by_step)
+    active = torch.arange(len(hidden_states))
+    for step in range(1, max_steps + 1):
+        previous_y = state.y
+        state, y = model.reasoner.refinement_step(encoded.slots, encoded.memory, state)
+        scores, halt_logits = model.decoder(y, fields)
+        _record(result, step, active, scores.cpu(), halt_logits.cpu())
+        halted = has_halted(halting, halt_logits, y, previous_y, encoded.slot_mask, tolerance)
+        if step == max_steps or not halted.any():
+            continue
+        rows = (~halted).nonzero().squeeze(1)
+        active, state, encoded, fields = (
+            active[rows.cpu()],
+            state.select(rows),
+            encoded.select(rows),
+            fields.select(rows),
+        )
+        if len(active) == 0:
+            break
+    if by_step:
+        assert result.scores_by_step is not None and result.halt_logits_by_step is not None
+        last = int(result.steps.max())
+        result.scores_by_step, result.halt_logits_by_step = (
+            result.scores_by_step[:last],
+            result.halt_logits_by_step[:last],
+        )
+    return result
+
+
+def _empty_result(fields: FieldBatch, max_steps: int, by_step: bool) -> Refined:
+    shape = tuple(fields.option_index.shape)
+    return Refined(
+        scores=torch.empty(shape),
+        halt_logits=torch.empty(shape[0]),
+        steps=torch.zeros(shape[0], dtype=torch.long),
+        scores_by_step=torch.empty(max_steps, *shape) if by_step else None,
+        halt_logits_by_step=torch.empty(max_steps, shape[0]) if by_step else None,
+    )
+
+
+def _record(result: Refined, step: int, active: Tensor, scores: Tensor, halt_logits: Tensor) -> None:
+    result.scores[active], result.halt_logits[active], result.steps[active] = scores, halt_logits, step
+    if result.scores_by_step is not None and result.halt_logits_by_step is not None:
+        result.scores_by_step[step - 1 :, active] = scores
+        result.halt_logits_by_step[step - 1 :, active] = halt_logits
+
+
+def refine_rollouts(
+    model: HybridModel,
+    hidden_states: Tensor,
+    memory_mask: Tensor,
+    fields: FieldBatch,
+    *,
+    rollouts: int,
+    pick: str = "q",
+    seed: int = 0,
+    **kwargs: Any,
+) -> Refined:
+    """Refine `rollouts` noisy copies of each row and keep one of them.
+
+    Args:
+        model: The head.
+        hidden_states: (batch, tokens, layers, backbone_dim).
+        memory_mask: (batch, tokens).
+        fields: What is asked.
+        rollouts: Copies per row; the first is without noise, so one copy is `refine` itself.
+        pick: `q` keeps the copy the q head believes in most; `vote` a copy with the most frequent answer.
+        seed: Seed of the noise.
+        **kwargs: Passed to `refine`.
+    """
+    if rollouts < 1:
+        raise ValueError(f"rollouts={rollouts}: expected a number > 0")
+    if pick not in ("q", "vote"):
+        raise ValueError(f"pick={pick!r}: expected 'q' or 'vote'")
+    runs = []
+    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
+        torch.manual_seed(seed)
+        for copy in range(rollouts):
+            noise = ROLLOUT_NOISE if copy else 0.0
+            runs.append(refine(model, hidden_states, memory_mask, fields, noise=noise, **kwargs))
+    halt_logits = torch.stack([run.halt_logits for run in runs])  # (rollouts, batch)
+    if pick == "vote":
+        answers = torch.stack([run.scores.argmax(-1) for run in runs])  # (rollouts, batch, fields)
+        agreement = (answers[:, None] == answers[None]).all(-1).sum(1).float()  # (rollouts, batch)
+        best = (agreement + halt_logits.sigmoid() / 2).argmax(0)  # ties go to the higher q
+    else:
+        best = halt_logits.argmax(0)
+    rows = torch.arange(len(best))
+
+    def gather(name: str, dim: int) -> Tensor | None:
+        values = [getattr(run, name) for run in runs]
+        if values[0] is None:
+            return None
+        if dim:  # by step: runs end at different steps, the last one is repeated
+            longest = max(len(value) for value in values)
+            values = [
+                torch.cat([value, value[-1:].expand(longest - len(value), *value.shape[1:])]) for value in values
+            ]
+            return torch.stack(values)[best, :, rows].transpose(0, 1)
+        return torch.stack(values)[best, rows]
+
+    scores, logits, steps = gather("scores", 0), gather("halt_logits", 0), gather("steps", 0)
+    assert scores is not None and logits is not None and steps is not None
+    return Refined(scores, logits, steps, gather("scores_by_step", 1), gather("halt_logits_by_step", 1))
+
+
+# -- questions in, answers out -------------------------------------------------------------------------------------
+
+
+def answer(
+    model: HybridModel,
+    question: str,
+    *,
+    context: str | None = None,
+    choices: Sequence[str] | None = None,
+    fields: Sequence[Field] | None = None,
+    **kwargs: Any,
+) -> Answer:
+    """Answer one question.
+
+    Args:
+        model: A trained head with its backbone.
+        question: The question, or the whole text with the question at its end.
+        context: The text that comes before the question.
+        choices: Options of a question with one answer; by default those of the head.
+        fields: What is asked, when there are several answers; not together with `choices`.
+        **kwargs: `max_steps`, `halting`, `rollouts`, `pick`, `seed`, as in `answer_batch`.
+
+    Raises:
+        ValueError: No options, or an empty or too long text.
+    """
+    return answer_batch(model, [question], contexts=[context], choices=choices, fields=fields, **kwargs)[0]
+
+
+def answer_batch(
+    model: HybridModel,
+    questions: Sequence[str],
+    *,
+    contexts: Sequence[str | None] | None = None,
+    choices: Sequence[str] | None = None,
+    fields: Sequence[Field] | None = None,
+    max_steps: int | None = None,
+    halting: str | None = None,
+    rollouts: int = 1,
+    pick: str = "q",
+    seed: int = 0,
+) -> list[Answer]:
+    """Answer many questions that share their fields, in batches of similar length.
+
+    Args:
+        model: A trained head with its backbone.
+        questions: The questions.
+        contexts: A context for each.
+        choices: Options of a question with one answer; by default those of the head.
+        fields: What is asked, when there are several answers.
+        max_steps: Refinement steps at most.
+        halting: `learned`, `convergence` or `never`.
+        rollouts: Noisy copies per question.
+        pick: How one copy is chosen, `q` or `vote`.
+        seed: Seed of the noise.
+    """
+    asked = _fields_asked(model, choices, fields)
+    contexts = contexts if contexts is not None else [None] * len(questions)
+    texts = list(zip(contexts, questions, strict=True))
+    lengths = [len(prompt.token_ids) for prompt in model.backbone.prompts(texts)] if texts else []
+    answers: dict[int, Answer] = {}
+    for rows in length_batches(lengths, TOKEN_BUDGET):
+        hidden_states, mask = model.embed([texts[row] for row in rows])
+        refined = refine_rollouts(
+            model,
+            hidden_states,
+            mask,
+            model.field_batch([asked] * len(rows)),
+            rollouts=rollouts,
+            pick=pick,
+            seed=seed,
+            max_steps=max_steps,
+            halting=halting,
+            by_step=True,
+        )
+        answers.update((row, _read_answer(refined, index, asked)) for index, row in enumerate(rows))
+    return [answers[row] for row in range(len(questions))]
+
+
+def _fields_asked(
+    model: HybridModel, choices: Sequence[str] | None, fields: Sequence[Field] | None
+) -> tuple[Field, ...]:
+    if fields is not None and choices is not None:
+        raise ValueError("both choices and fields were given: choices are the options of a single field")
+    if fields is not None:
+        if len({field.name for field in fields}) < len(fields) or not fields:
+            raise ValueError(f"fields={[field.name for field in fields]}: names must be there and differ")
+        return tuple(fields)
+    choices = choices if choices is not None else model.config.choices
+    if choices is None:
+        raise ValueError("this head has no default choices: give choices=[...] or fields=[Field(name, options), ...]")
+    return (Field("answer", choices),)
+
+
+def _read_answer(refined: Refined, row: int, fields: Sequence[Field]) -> Answer:
+    assert refined.scores_by_step is not None
+    steps = int(refined.steps[row])
+    probabilities = refined.scores_by_step[:steps, row].softmax(-1)  # (steps, fields, options)
+    trace = [
+        {
+            field.name: dict(zip(field.options, step[index].tolist(), strict=False))
+            for index, field in enumerate(fields)
+        }
+        for step in probabilities
+    ]
+    best, chosen = probabilities[-1].max(-1)
+    values = {field.name: field.options[int(chosen[index])] for index, field in enumerate(fields)}
+    return Answer(
+        value=next(iter(values.values())) if len(fields) == 1 else values,
+        probability=float(best.prod()),
+        steps=steps,
+        trace=trace,
+        halt_probability=float(refined.halt_logits[row].sigmoid()),
+    )

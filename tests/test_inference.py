@@ -1,0 +1,140 @@
+"""Answers: early exit, batch composition, rollouts, several fields."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CHOICES, chain_examples
+
+from hybrid.decoder import Field
+from hybrid.inference import answer_batch, refine, refine_rollouts
+
+QUESTIONS = [f"{example.context} {example.question}" for example in chain_examples(7)]
+
+
+@pytest.fixture
+def undecided(model):
+    """A head whose rows halt at different steps: its q is random, and centred on what the rows say at first."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.decoder.halt_head.weight.normal_()
+        first = refine(model, *batch_of(model, QUESTIONS), max_steps=1, halting="never")
+        model.decoder.halt_head.bias -= first.halt_logits.median()
+    return model
+
+
+def batch_of(model, questions):
+    hidden_states, mask = model.embed([(None, question) for question in questions])
+    return hidden_states, mask, model.field_batch([[Field("answer", CHOICES)]] * len(questions))
+
+
+def test_early_exit_equals_each_row_alone(undecided):
+    together = refine(undecided, *batch_of(undecided, QUESTIONS), max_steps=8)
+    assert len(set(together.steps.tolist())) > 1, "rows must halt at different steps for this test to tell anything"
+    for row, question in enumerate(QUESTIONS):
+        alone = refine(undecided, *batch_of(undecided, [question]), max_steps=8)
+        assert alone.steps[0] == together.steps[row]
+        torch.testing.assert_close(alone.scores[0], together.scores[row], rtol=1e-4, atol=1e-4)
+
+
+def test_halted_rows_leave_the_batch(undecided, monkeypatch):
+    sizes = []
+    step = undecided.reasoner.refinement_step
+    monkeypatch.setattr(undecided.reasoner, "refinement_step", lambda x, m, s: sizes.append(len(x)) or step(x, m, s))
+    result = refine(undecided, *batch_of(undecided, QUESTIONS), max_steps=8)
+    expected = [int((result.steps >= step).sum()) for step in range(1, int(result.steps.max()) + 1)]
+    assert sizes == expected and sizes[-1] < sizes[0]
+
+
+def test_steps_of_the_curve_are_those_of_shorter_runs(model):
+    curve = refine(model, *batch_of(model, QUESTIONS), max_steps=4, halting="never", by_step=True)
+    short = refine(model, *batch_of(model, QUESTIONS), max_steps=2, halting="never")
+    torch.testing.assert_close(curve.scores_by_step[1], short.scores)
+    torch.testing.assert_close(curve.scores_by_step[3], curve.scores)
+    assert (curve.steps == 4).all() and (short.steps == 2).all()
+
+
+def test_convergence_halting_stops_a_state_that_stands_still(model):
+    model.config.reasoner.convergence_tolerance = 1e9
+    assert (refine(model, *batch_of(model, QUESTIONS), max_steps=5, halting="convergence").steps == 1).all()
+    model.config.reasoner.convergence_tolerance = 1e-9
+    assert (refine(model, *batch_of(model, QUESTIONS), max_steps=3, halting="convergence").steps == 3).all()
+
+
+def test_batch_composition_and_padding_change_no_answer(model):
+    together = answer_batch(model, QUESTIONS)
+    for question, expected in zip(QUESTIONS, together, strict=True):
+        alone = model.answer(question)
+        assert alone.value == expected.value and alone.steps == expected.steps
+        assert alone.probability == pytest.approx(expected.probability, abs=1e-5)
+
+
+def test_order_of_choices_changes_no_answer(model):
+    forward, backward = model.answer(QUESTIONS[0], choices=CHOICES), model.answer(QUESTIONS[0], choices=CHOICES[::-1])
+    assert forward.value == backward.value and forward.probability == pytest.approx(backward.probability, abs=1e-5)
+
+
+def test_answer_tells_its_course(model):
+    answer = model.answer(QUESTIONS[0], max_steps=2, halting="never")
+    assert answer.steps == len(answer.trace) == 2
+    last = answer.trace[-1]["answer"]
+    assert sum(last.values()) == pytest.approx(1.0, abs=1e-5)
+    assert last[answer.value] == pytest.approx(answer.probability) == pytest.approx(max(last.values()))
+
+
+def test_several_fields_with_different_numbers_of_options(model):
+    fields = [Field("A", ["knight", "knave"]), Field("B", ["left", "right", "above"])]
+    answer = model.answer("A says B .", fields=fields)
+    assert set(answer.value) == {"A", "B"}
+    assert set(answer.trace[-1]["A"]) == {"knight", "knave"} and len(answer.trace[-1]["B"]) == 3
+    expected = answer.trace[-1]["A"][answer.value["A"]] * answer.trace[-1]["B"][answer.value["B"]]
+    assert answer.probability == pytest.approx(expected)
+
+
+def test_one_rollout_is_refine_and_more_are_reproducible(model):
+    plain = refine(model, *batch_of(model, QUESTIONS))
+    torch.testing.assert_close(refine_rollouts(model, *batch_of(model, QUESTIONS), rollouts=1).scores, plain.scores)
+    two = [refine_rollouts(model, *batch_of(model, QUESTIONS), rollouts=4, seed=5).scores for _ in range(2)]
+    torch.testing.assert_close(two[0], two[1], rtol=0, atol=0)
+
+
+def test_rollouts_keep_the_copy_that_q_believes_in(undecided):
+    inputs = batch_of(undecided, QUESTIONS)
+    believed = [refine_rollouts(undecided, *inputs, rollouts=k, halting="never").halt_logits for k in (1, 6)]
+    assert (believed[1] >= believed[0]).all() and (believed[1] > believed[0]).any()
+
+
+def test_vote_keeps_a_most_frequent_answer(model, monkeypatch):
+    from hybrid import inference
+
+    inputs = batch_of(model, QUESTIONS[:1])
+    runs = iter([0, 2, 2])
+
+    def fake(*args, **kwargs):
+        scores = torch.full((1, 1, 4), -1.0)
+        scores[0, 0, next(runs)] = 1.0
+        return inference.Refined(scores, torch.tensor([5.0]), torch.tensor([1]))
+
+    monkeypatch.setattr(inference, "refine", fake)
+    assert refine_rollouts(model, *inputs, rollouts=3, pick="vote").scores.argmax(-1).item() == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rollouts": 0}, "rollouts=0"),
+        ({"rollouts": 2, "pick": "best"}, "pick='best'"),
+        ({"choices": ["a"]}, "at least two"),
+        ({"choices": ["a", "b"], "fields": [Field("x", ["a", "b"])]}, "both choices and fields"),
+        ({"fields": []}, "names must be there"),
+    ],
+)
+def test_bad_questions(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.answer(QUESTIONS[0], **arguments)
+
+
+def test_head_without_default_choices_asks_for_them(model):
+    model.config.choices = None
+    with pytest.raises(ValueError, match="give choices="):
+        model.answer(QUESTIONS[0])
