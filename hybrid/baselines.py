@@ -1,0 +1,243 @@
+"""What a user would use instead of a head: the frozen model's own zero-shot answer, a linear probe of its states."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from hybrid.backbone import Backbone, length_batches
+from hybrid.batches import EmbeddedExamples, label_numbers
+from hybrid.data import Example
+from hybrid.decoder import Field
+from hybrid.evaluation import by_depth
+from hybrid.model import HybridModel
+
+# -- zero-shot -----------------------------------------------------------------------------------------------------
+
+
+def zero_shot(backbone: Backbone, examples: Sequence[Example], progress: bool = True) -> dict[str, Any]:
+    """Answer with the frozen model alone: the option whose text is most likely after the prompt.
+
+    The prompt is `context question`, then `Answer:` (or the field's name) on a new line. Log-likelihoods are summed
+    over an option's tokens (`acc` of lm-evaluation-harness); `accuracy_normalized` divides them by its bytes.
+
+    Raises:
+        ValueError: The backbone is no causal language model.
+    """
+    if not hasattr(backbone.model, "lm_head"):
+        raise ValueError(f"{backbone.name} has no language-model head: zero-shot answers need a causal model")
+    start = time.perf_counter()
+    right, normalized = [], []
+    for example in tqdm(examples, unit="question", desc="zero-shot", disable=not progress, leave=False):
+        summed, per_byte = [], []
+        for field, label in zip(example.fields, label_numbers(example), strict=True):
+            scores = option_log_likelihoods(backbone, _zero_shot_prompt(example, field), field.options)
+            num_bytes = torch.tensor([len(option.encode()) for option in field.options])
+            summed.append(int(scores.argmax()) == label)
+            per_byte.append(int((scores / num_bytes).argmax()) == label)
+        right.append(all(summed))
+        normalized.append(all(per_byte))
+    return {
+        "name": "frozen LLM, zero-shot",
+        "accuracy_by_depth": by_depth(torch.tensor(right), examples),
+        "accuracy_normalized": sum(normalized) / len(normalized),
+        "milliseconds_per_question": 1000 * (time.perf_counter() - start) / len(examples),
+    }
+
+
+def _zero_shot_prompt(example: Example, field: Field) -> str:
+    context = f"{example.context}\n" if example.context else ""
+    return f"{context}{example.question}\n{'Answer' if field.name == 'answer' else field.name}:"
+
+
+@torch.inference_mode()
+def option_log_likelihoods(backbone: Backbone, prompt: str, options: Sequence[str]) -> Tensor:
+    """Log-likelihood, in nats, of each option's text after a prompt; the prompt is computed once.
+
+    Returns:
+        Tensor of shape (options,).
+    """
+    tokenizer, model = backbone.tokenizer, backbone.model
+    token_ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=backbone.device)
+    encoded = tokenizer([f" {option}" for option in options], add_special_tokens=False)["input_ids"]
+    cache = DynamicCache(config=model.config)
+    first = model(input_ids=token_ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+    longest = max(map(len, encoded))
+    padded = torch.zeros(len(options), longest, dtype=torch.long, device=backbone.device)
+    for row, ids in enumerate(encoded):
+        padded[row, : len(ids)] = torch.tensor(ids)
+    scores = first.log_softmax(-1)[padded[:, 0]]
+    if longest > 1:
+        cache.batch_repeat_interleave(len(options))
+        logits = model(input_ids=padded[:, :-1], cache=cache, use_cache=True).logits.float()
+        following = logits.log_softmax(-1).gather(2, padded[:, 1:, None]).squeeze(2)
+        lengths = torch.tensor([len(ids) for ids in encoded], device=padded.device)
+        exists = torch.arange(1, longest, device=padded.device) < lengths[:, None]
+        scores = scores + (following * exists).sum(1)
+    return scores.cpu()
+
+
+# -- linear probe --------------------------------------------------------------------------------------------------
+
+
+def linear_probe(
+    model: HybridModel,
+    train: EmbeddedExamples,
+    test: EmbeddedExamples,
+    *,
+    max_train: int = 10_000,
+    weight_decays: Sequence[float] = (1e-4, 1e-3, 1e-2),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Multinomial logistic regression on pooled hidden states (mean and last token of the head's own layers).
+
+    Several fields are several rows, told apart by the vector of the field's name. The weight decay is chosen on a
+    fifth of the training rows.
+
+    Returns:
+        Accuracy by depth on `test`, training accuracy, seconds and number of parameters.
+    """
+    start = time.perf_counter()
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:max_train].tolist()
+    features, _ = _pooled(model, train, order)
+    options = sorted({option for row in order for field in train.examples[row].fields for option in field.options})
+    labels = _labels(train, order, options)
+    probe, accuracy = fit_logistic(features, labels, len(options), weight_decays)
+    test_rows = list(range(len(test)))
+    test_features, owners = _pooled(model, test, test_rows)
+    logits = probe(test_features).masked_fill(~_offered(test, test_rows, options), float("-inf"))
+    hits = logits.argmax(1) == _labels(test, test_rows, options)
+    right = torch.ones(len(test)).scatter_reduce(0, owners, hits.float(), "amin").bool()
+    return {
+        "name": "linear probe, pooled states",
+        "accuracy_by_depth": by_depth(right, test.examples),
+        "train_accuracy": accuracy,
+        "train_rows": len(order),
+        "num_parameters": sum(p.numel() for p in probe.parameters()),
+        "train_seconds": time.perf_counter() - start,
+    }
+
+
+def fit_logistic(
+    features: Tensor, labels: Tensor, num_classes: int, weight_decays: Sequence[float], held_out: float = 0.2
+) -> tuple[nn.Module, float]:
+    """Fit a logistic regression by L-BFGS on standardised features; keep the weight decay best on held-out rows.
+
+    Returns:
+        The probe (standardisation included), refitted on all rows, and its accuracy on them.
+    """
+    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
+    scaled, cut = (features - mean) / std, int(len(features) * (1 - held_out))
+    scores = []
+    for decay in weight_decays:
+        linear = _fit(scaled[:cut], labels[:cut], num_classes, decay)
+        scores.append(float((linear(scaled[cut:]).argmax(1) == labels[cut:]).float().mean()))
+    linear = _fit(scaled, labels, num_classes, weight_decays[scores.index(max(scores))])
+    with torch.no_grad():  # fold the standardisation into the weights
+        linear.bias -= (linear.weight / std) @ mean
+        linear.weight /= std
+    accuracy = float((linear(features).argmax(1) == labels).float().mean())
+    return linear.requires_grad_(False), accuracy
+
+
+def _fit(features: Tensor, labels: Tensor, num_classes: int, weight_decay: float) -> nn.Linear:
+    linear = nn.Linear(features.shape[1], num_classes)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(features), labels) + weight_decay * linear.weight.pow(2).sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return linear
+
+
+def _pooled(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Pooled states of each (row, field) pair, and the position in `rows` that it belongs to."""
+    pooled: dict[int, Tensor] = {}
+    for batch in length_batches([examples.lengths[row] for row in rows], 8192):
+        hidden_states, mask, _, _ = examples.batch(model, [rows[position] for position in batch])
+        states, exists = hidden_states.float().flatten(2).cpu(), mask.cpu()
+        mean = (states * exists.unsqueeze(-1)).sum(1) / exists.sum(1, keepdim=True)
+        last = states[torch.arange(len(batch)), exists.sum(1) - 1]
+        pooled.update(zip(batch, torch.cat([mean, last], dim=1), strict=True))
+    owners = [position for position, row in enumerate(rows) for _ in examples.examples[row].fields]
+    features = torch.stack([pooled[position] for position in owners])
+    if examples.num_fields > 1:
+        names = [field.name for row in rows for field in examples.examples[row].fields]
+        unique = sorted(set(names))
+        vectors = model.backbone.text_vectors(unique).cpu()
+        features = torch.cat([features, vectors[[unique.index(name) for name in names]]], dim=1)
+    return features, torch.tensor(owners)
+
+
+def _labels(examples: EmbeddedExamples, rows: Sequence[int], options: Sequence[str]) -> Tensor:
+    number = {option: index for index, option in enumerate(options)}
+    return torch.tensor([number.get(answer, -1) for row in rows for answer in examples.examples[row].answers])
+
+
+def _offered(examples: EmbeddedExamples, rows: Sequence[int], options: Sequence[str]) -> Tensor:
+    fields = [field for row in rows for field in examples.examples[row].fields]
+    return torch.tensor([[option in field.options for option in options] for field in fields])
+
+
+# -- which layer to use --------------------------------------------------------------------------------------------
+
+
+def probe_layers(
+    backbone: Backbone,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    *,
+    token_budget: int = 2048,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Linear-probe accuracy of every backbone layer, for questions with one answer.
+
+    Returns:
+        One row per layer (0 is the embedding): accuracy by depth on `test`, and training accuracy.
+
+    Raises:
+        ValueError: A question has several fields.
+    """
+    if any(len(example.fields) > 1 for example in [*train, *test]):
+        raise ValueError("layers are probed on questions with one answer: these have several fields")
+    options = sorted({option for example in train for option in example.fields[0].options})
+    train_states = _pooled_layers(backbone, train, token_budget, progress)
+    test_states = _pooled_layers(backbone, test, token_budget, progress)
+    labels = torch.tensor([options.index(example.answers[0]) for example in train])
+    expected = torch.tensor([options.index(e.answers[0]) if e.answers[0] in options else -1 for e in test])
+    rows = []
+    for layer in tqdm(range(backbone.num_layers + 1), unit="layer", desc="probe", disable=not progress, leave=False):
+        probe, accuracy = fit_logistic(train_states[:, layer], labels, len(options), (1e-3, 1e-2))
+        right = probe(test_states[:, layer]).argmax(1) == expected
+        rows.append({"layer": layer, "train_accuracy": accuracy, "accuracy_by_depth": by_depth(right, test)})
+    return rows
+
+
+def _pooled_layers(backbone: Backbone, examples: Sequence[Example], token_budget: int, progress: bool) -> Tensor:
+    """Mean and last-token states at every layer, (examples, layers + 1, 2 · backbone_dim)."""
+    prompts = backbone.prompts([(example.context, example.question) for example in examples])
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    pooled = torch.empty(len(examples), backbone.num_layers + 1, 2 * backbone.dim)
+    with tqdm(total=sum(lengths), unit="tok", unit_scale=True, desc="embed", disable=not progress, leave=False) as bar:
+        for rows in length_batches(lengths, token_budget):
+            chosen = [prompts[row] for row in rows]
+            states = backbone.hidden_states(chosen, layers=range(1, backbone.num_layers + 1))
+            for row, prompt, state in zip(rows, chosen, states, strict=True):
+                token_ids = torch.tensor(prompt.token_ids[prompt.memory_start : prompt.memory_stop])
+                both = torch.cat([backbone.embed_tokens(token_ids).unsqueeze(1), state], dim=1).float()
+                pooled[row] = torch.cat([both.mean(0), both[-1]], dim=1).cpu()
+            bar.update(sum(lengths[row] for row in rows))
+    return pooled

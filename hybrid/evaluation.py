@@ -1,0 +1,261 @@
+"""Accuracy by depth and by refinement steps, calibration of the halting head, the result file, the plot.
+
+A head is run once, without halting, up to the largest number of steps; every figure here is read off that one run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hybrid import __version__
+from hybrid.batches import EmbeddedExamples
+from hybrid.data import Example, data_fingerprint
+from hybrid.inference import refine
+from hybrid.losses import all_fields_right
+from hybrid.model import HybridModel
+
+Z_95 = 1.959964  # two-sided 95% quantile of the normal distribution
+
+
+def wilson_interval(num_right: int, n: int) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927), which stays inside [0, 1] and is sound for small n."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = num_right / n, Z_95**2
+    center, half = p + z2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, (center - half) / (1 + z2 / n)), min(1.0, (center + half) / (1 + z2 / n))
+
+
+def accuracy_row(right: Tensor) -> dict[str, Any]:
+    """Accuracy, standard error, interval and n of a boolean vector, under lm-evaluation-harness' names."""
+    n, num_right = len(right), int(right.sum())
+    p = num_right / max(n, 1)
+    return {
+        "accuracy": p,
+        "stderr": math.sqrt(p * (1 - p) / max(n - 1, 1)),
+        "interval": list(wilson_interval(num_right, n)),
+        "n": n,
+    }
+
+
+def by_depth(right: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """One accuracy row per depth, then one for all together (`depth` = "all")."""
+    depths = sorted({example.depth for example in examples}, key=lambda depth: (depth is None, depth or 0))
+    rows = []
+    for depth in depths:
+        chosen = torch.tensor([example.depth == depth for example in examples])
+        rows.append({"depth": depth, **accuracy_row(right[chosen])})
+    return [*rows, {"depth": "all", **accuracy_row(right)}]
+
+
+@dataclass
+class StepRecord:
+    """What a head did on a set of examples, at every step.
+
+    Attributes:
+        right: Whether the whole answer is right, (steps, examples).
+        fields_right: Share of an example's fields that are right, (steps, examples).
+        halt_logits: The q head, (steps, examples).
+        seconds: Time of the refinement, embedding not included.
+    """
+
+    right: Tensor
+    fields_right: Tensor
+    halt_logits: Tensor
+    seconds: float
+
+    def steps_used(self, max_steps: int) -> Tensor:
+        """Steps that each example takes when it halts as learned, (examples,)."""
+        wants = self.halt_logits[:max_steps] > 0
+        return torch.where(wants.any(0), wants.int().argmax(0) + 1, max_steps)
+
+    def right_when_halted(self, max_steps: int) -> Tensor:
+        """Whether the answer at the halting step is right, (examples,)."""
+        return self.right.gather(0, (self.steps_used(max_steps) - 1)[None])[0]
+
+
+def run_steps(
+    model: HybridModel, examples: EmbeddedExamples, max_steps: int, *, token_budget: int = 8192, progress: bool = True
+) -> StepRecord:
+    """Run a head on examples for `max_steps` steps without halting."""
+    model.eval()
+    n = len(examples)
+    record = StepRecord(
+        torch.zeros(max_steps, n, dtype=torch.bool), torch.zeros(max_steps, n), torch.zeros(max_steps, n), 0.0
+    )
+    with tqdm(total=n, unit="question", desc="evaluate", disable=not progress, leave=False) as bar:
+        for rows in examples.batches(token_budget):
+            hidden_states, mask, fields, labels = examples.batch(model, rows)
+            start = time.perf_counter()
+            refined = refine(model, hidden_states, mask, fields, max_steps=max_steps, halting="never", by_step=True)
+            record.seconds += time.perf_counter() - start
+            assert refined.scores_by_step is not None and refined.halt_logits_by_step is not None
+            labels = labels.cpu()
+            exists = labels >= 0
+            for step, scores in enumerate(refined.scores_by_step):
+                record.right[step, rows] = all_fields_right(scores, labels)
+                hits = ((scores.argmax(-1) == labels) & exists).sum(1) / exists.sum(1)
+                record.fields_right[step, rows] = hits
+            record.halt_logits[:, rows] = refined.halt_logits_by_step
+            bar.update(len(rows))
+    return record
+
+
+def calibration(record: StepRecord, step: int, num_bins: int = 10) -> dict[str, Any]:
+    """How well the q head knows whether the answer is right, at one step.
+
+    Returns:
+        `bins` (mean belief, accuracy and n of each non-empty tenth), the expected calibration error over them
+        (Naeini et al. 2015), and the area under the ROC curve.
+    """
+    belief, right = record.halt_logits[step - 1].sigmoid(), record.right[step - 1].float()
+    index = (belief * num_bins).long().clamp(max=num_bins - 1)
+    bins, error = [], 0.0
+    for bin_number in range(num_bins):
+        chosen = index == bin_number
+        if n := int(chosen.sum()):
+            mean_belief, accuracy = float(belief[chosen].mean()), float(right[chosen].mean())
+            bins.append({"belief": mean_belief, "accuracy": accuracy, "n": n})
+            error += n / len(belief) * abs(mean_belief - accuracy)
+    return {"step": step, "expected_calibration_error": error, "auroc": _auroc(belief, right), "bins": bins}
+
+
+def _auroc(belief: Tensor, right: Tensor) -> float | None:
+    num_right, num_wrong = int(right.sum()), int((1 - right).sum())
+    if num_right == 0 or num_wrong == 0:
+        return None
+    _, inverse, counts = belief.unique(return_inverse=True, return_counts=True)
+    mean_rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse]  # tied beliefs share their mean rank
+    return float((mean_rank[right.bool()].sum() - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
+
+
+def summarize(record: StepRecord, examples: Sequence[Example], steps: Sequence[int], max_steps: int) -> dict[str, Any]:
+    """The figures of a result file."""
+    halted = record.right_when_halted(max_steps)
+    used = record.steps_used(max_steps).float()
+    return {
+        "accuracy_by_depth": by_depth(halted, examples),
+        "accuracy_by_steps": [
+            {"steps": step, "by_depth": by_depth(record.right[step - 1], examples)} for step in steps
+        ],
+        "field_accuracy": float(record.fields_right[max_steps - 1].mean()),
+        "mean_steps_used": float(used.mean()),
+        "mean_steps_used_by_depth": {
+            str(depth): float(used[torch.tensor([e.depth == depth for e in examples])].mean())
+            for depth in sorted({e.depth for e in examples}, key=lambda d: (d is None, d or 0))
+        },
+        "calibration": calibration(record, max_steps),
+        "milliseconds_per_question_per_step": 1000 * record.seconds / (len(examples) * len(record.right)),
+    }
+
+
+def evaluate_head(
+    model: HybridModel, embedded: EmbeddedExamples, steps: Sequence[int], *, progress: bool = True
+) -> dict[str, Any]:
+    """Run a head on embedded examples and return the figures of a result file.
+
+    Args:
+        model: The head.
+        embedded: The questions.
+        steps: Numbers of refinement steps to report; halting is judged at the head's own `max_steps`.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: A number of steps is below 1.
+    """
+    if not steps or min(steps) < 1:
+        raise ValueError(f"steps={list(steps)}: expected numbers > 0")
+    max_steps = model.config.reasoner.max_steps
+    record = run_steps(model, embedded, max(max_steps, *steps), progress=progress)
+    return {
+        "num_parameters": sum(model.parameter_groups().values()),
+        "data_fingerprint": data_fingerprint(embedded.examples),
+        **summarize(record, embedded.examples, sorted(set(steps)), max_steps),
+    }
+
+
+def accuracy_lines(results: dict[str, Any]) -> str:
+    """Result file as a Markdown table: head and baselines, a row per depth."""
+    systems = [("head", results["accuracy_by_depth"])]
+    systems += [(baseline["name"], baseline["accuracy_by_depth"]) for baseline in results.get("baselines", [])]
+    lines = ["| depth | n | " + " | ".join(name for name, _ in systems) + " |", "|---|---|" + "---|" * len(systems)]
+    for number, row in enumerate(results["accuracy_by_depth"]):
+        cells = []
+        for _, rows in systems:
+            low, high = rows[number]["interval"]
+            cells.append(f"{rows[number]['accuracy']:.3f} ({low:.3f}–{high:.3f})")
+        lines.append(f"| {row['depth']} | {row['n']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def provenance(command: str, seed: int) -> dict[str, Any]:
+    """What a number needs to be believed: command, seed, commit, versions, device."""
+    return {
+        "command": command,
+        "seed": seed,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git_hash": _git_hash(),
+        "hybrid_version": __version__,
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def _git_hash() -> str | None:
+    try:
+        run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def _cpu_name() -> str:
+    return f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads"
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write a result file, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(path)
+
+
+def plot_steps(results: dict[str, Any], path: Path) -> None:
+    """PNG of accuracy against refinement steps, a line per depth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = results["accuracy_by_steps"]
+    steps = [point["steps"] for point in curves]
+    depths = [row["depth"] for row in curves[0]["by_depth"]]
+    figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    colors = plt.get_cmap("viridis")
+    for number, depth in enumerate(depths):
+        rows = [point["by_depth"][number] for point in curves]
+        style = {"color": "black", "linestyle": "--"} if depth == "all" else {"color": colors(number / len(depths))}
+        axis.plot(steps, [row["accuracy"] for row in rows], marker="o", markersize=3, label=f"{depth}", **style)
+        low, high = zip(*(row["interval"] for row in rows), strict=True)
+        axis.fill_between(steps, low, high, alpha=0.12, color=style["color"], linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(steps, [str(step) for step in steps])
+    axis.set(xlabel="refinement steps", ylabel="accuracy (95% interval)", ylim=(0, 1.02))
+    axis.legend(title="depth", fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,69 @@
+"""Baselines measure what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import chain_examples
+
+from hybrid.baselines import fit_logistic, linear_probe, option_log_likelihoods, probe_layers, zero_shot
+from hybrid.batches import embed_examples
+from hybrid.config import FeatureConfig
+
+PROMPT = "A is left of B . Where is A ?"
+
+
+def test_log_likelihoods_are_those_of_the_whole_text(backbone):
+    options = ["left", "right of", "above of the"]
+    scores = option_log_likelihoods(backbone, PROMPT, options)
+    for option, score in zip(options, scores.tolist(), strict=True):
+        prompt_ids = backbone.tokenizer(PROMPT)["input_ids"]
+        option_ids = backbone.tokenizer(f" {option}")["input_ids"]
+        with torch.no_grad():
+            logits = backbone.model(torch.tensor([[*prompt_ids, *option_ids]])).logits[0].log_softmax(-1)
+        expected = sum(float(logits[len(prompt_ids) + n - 1, token]) for n, token in enumerate(option_ids))
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_zero_shot_picks_the_likeliest_option(backbone):
+    examples = chain_examples(8)
+    result = zero_shot(backbone, examples, progress=False)
+    expected = []
+    for example in examples:
+        prompt = f"{example.context}\n{example.question}\nAnswer:"
+        scores = option_log_likelihoods(backbone, prompt, example.fields[0].options)
+        expected.append(example.fields[0].options[int(scores.argmax())] == example.answers[0])
+    assert result["accuracy_by_depth"][-1]["accuracy"] == sum(expected) / 8
+
+
+def test_zero_shot_needs_a_language_model(any_backbone):
+    if any_backbone.name == "bert":
+        with pytest.raises(ValueError, match="no language-model head"):
+            zero_shot(any_backbone, chain_examples(2), progress=False)
+
+
+def test_logistic_regression_separates_what_is_separable_and_not_noise():
+    torch.manual_seed(0)
+    features = torch.randn(400, 5) * torch.tensor([1.0, 100.0, 0.01, 1.0, 1.0]) + 7
+    labels = (features[:, 2] > 7).long()
+    probe, accuracy = fit_logistic(features, labels, 2, (1e-4, 1e-2))
+    assert accuracy > 0.97
+    assert (probe(features).argmax(1) == labels).float().mean() == pytest.approx(accuracy)
+    test = torch.randn(400, 5)
+    probe, _ = fit_logistic(torch.randn(400, 5), torch.randint(0, 2, (400,)), 2, (1e-4, 1e-2))
+    assert abs(float((probe(test).argmax(1) == torch.randint(0, 2, (400,))).float().mean()) - 0.5) < 0.1
+
+
+def test_linear_probe_reads_the_direction_and_scores_whole_answers(model, backbone, tmp_path):
+    sets = {"train": chain_examples(200), "test": chain_examples(40, seed=9)}
+    embedded = embed_examples(FeatureConfig(folder=str(tmp_path)), backbone, sets, progress=False)
+    result = linear_probe(model, embedded["train"], embedded["test"])
+    assert result["accuracy_by_depth"][-1]["n"] == 40
+    assert result["accuracy_by_depth"][-1]["accuracy"] > 0.9  # the direction's own word is in the text
+    assert result["train_rows"] == 200
+
+
+def test_every_layer_is_probed(backbone):
+    rows = probe_layers(backbone, chain_examples(60), chain_examples(20, seed=9), progress=False)
+    assert [row["layer"] for row in rows] == [0, 1, 2, 3]
+    assert rows[1]["accuracy_by_depth"][-1]["n"] == 20

@@ -1,0 +1,99 @@
+"""Figures of a result file, against values computed by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import chain_examples
+
+from hybrid.evaluation import (
+    StepRecord,
+    accuracy_lines,
+    accuracy_row,
+    by_depth,
+    calibration,
+    evaluate_head,
+    plot_steps,
+    provenance,
+    run_steps,
+    wilson_interval,
+    write_results,
+)
+from hybrid.inference import refine
+
+
+def test_wilson_interval_matches_published_values():
+    low, high = wilson_interval(81, 263)  # Newcombe 1998, table I
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson_interval(0, 10)[0] == 0.0 and wilson_interval(10, 10)[1] == 1.0
+
+
+def test_accuracy_row():
+    row = accuracy_row(torch.tensor([True, True, True, False]))
+    assert row["accuracy"] == 0.75 and row["n"] == 4
+    assert row["stderr"] == pytest.approx(0.25)
+
+
+def test_by_depth_adds_up():
+    examples = chain_examples(6)  # depths 1, 2, 1, 2, …
+    rows = by_depth(torch.tensor([True, False, True, False, False, True]), examples)
+    assert [(row["depth"], row["n"]) for row in rows] == [(1, 3), (2, 3), ("all", 6)]
+    assert [row["accuracy"] for row in rows] == [pytest.approx(2 / 3), pytest.approx(1 / 3), 0.5]
+
+
+def record() -> StepRecord:
+    right = torch.tensor([[True, False, False], [True, True, False], [False, True, True]])
+    halt = torch.tensor([[3.0, -1.0, -1.0], [3.0, 2.0, -1.0], [3.0, 2.0, -1.0]])
+    return StepRecord(right, right.float(), halt, 1.0)
+
+
+def test_halting_is_read_off_the_run_without_halting():
+    assert record().steps_used(3).tolist() == [1, 2, 3]
+    assert record().right_when_halted(3).tolist() == [True, True, True]
+    assert record().steps_used(2).tolist() == [1, 2, 2]
+    assert record().right_when_halted(2).tolist() == [True, True, False]
+
+
+def test_calibration_of_a_head_that_knows_and_one_that_does_not():
+    right = torch.tensor([[True] * 5 + [False] * 5])
+    knows = StepRecord(right, right.float(), torch.where(right, 9.0, -9.0), 1.0)
+    figures = calibration(knows, 1)
+    assert figures["auroc"] == 1.0 and figures["expected_calibration_error"] < 0.01
+    blind = StepRecord(right, right.float(), torch.full((1, 10), 2.1972246), 1.0)  # believes 0.9 of every answer
+    figures = calibration(blind, 1)
+    assert figures["auroc"] == 0.5 and figures["expected_calibration_error"] == pytest.approx(0.4, abs=1e-3)
+    assert [entry["n"] for entry in figures["bins"]] == [10]
+
+
+def test_recorded_steps_equal_the_run_with_halting(model, embedded):
+    with torch.no_grad():
+        torch.manual_seed(0)
+        model.decoder.halt_head.weight.normal_()
+        first = run_steps(model, embedded, 1, progress=False).halt_logits
+        model.decoder.halt_head.bias -= first.median()
+    recorded = run_steps(model, embedded, 3, progress=False)
+    assert len(set(recorded.steps_used(3).tolist())) > 1
+    hidden_states, mask, fields, labels = embedded.batch(model, range(len(embedded)))
+    live = refine(model, hidden_states, mask, fields, max_steps=3, halting="learned")
+    assert live.steps.tolist() == recorded.steps_used(3).tolist()
+    right = (live.scores.argmax(-1) == labels).all(1)
+    assert right.tolist() == recorded.right_when_halted(3).tolist()
+
+
+def test_result_file_has_what_a_number_needs(model, embedded, tmp_path):
+    results = evaluate_head(model, embedded, [1, 2, 5], progress=False)
+    results |= {"split": "test", **provenance("hybrid eval …", seed=3)}
+    assert [point["steps"] for point in results["accuracy_by_steps"]] == [1, 2, 5]
+    for key in ("command", "seed", "versions", "device", "date", "data_fingerprint", "num_parameters"):
+        assert results[key] is not None, key
+    path = tmp_path / "results.json"
+    write_results(path, results)
+    assert json.loads(path.read_text())["seed"] == 3
+    plot_steps(results, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+    table = accuracy_lines(results)
+    assert table.count("\n") == 1 + 3  # head, rule, two depths and all
+    with pytest.raises(ValueError, match=r"steps=\[0\]"):
+        evaluate_head(model, embedded, [0], progress=False)
