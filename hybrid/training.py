@@ -1,0 +1,537 @@
+"""The training loop: carried states, EMA, checkpoints, resume.
+
+One update is one refinement step for every row of the batch. A row keeps its state from update to update until it
+halts; then its place is taken by the next example of its own stream. Because each row draws from its own stream, and
+noise is seeded by the update, the course of training depends neither on the number of processes nor on when it was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hybrid.backbone import Backbone, load_backbone, native_dtype
+from hybrid.batches import EmbeddedExamples, common_choices, embed_examples, known_options
+from hybrid.config import ReasonerConfig, RecursionStage, RunConfig, TrainingConfig, to_plain
+from hybrid.data import load_examples
+from hybrid.evaluation import by_depth, run_steps
+from hybrid.hub import write_card
+from hybrid.model import HybridModel
+from hybrid.reasoner import ReasonerState
+
+CHECKPOINT = "checkpoint.pt"
+NUM_STATISTICS_ROWS = 512  # training rows from which the adapter takes means and deviations
+
+
+class RowStream:
+    """Which example each row of the global batch sees next.
+
+    Row `i` draws positions `i, i + B, i + 2B, …` of an endless stream of shuffled epochs, so what a row sees does not
+    depend on the other rows, on accumulation or on the number of processes.
+    """
+
+    def __init__(self, num_examples: int, batch_size: int, seed: int):
+        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def example(self, row: int, draw: int) -> int:
+        """Number of the example that row `row` sees as its `draw`-th."""
+        epoch, position = divmod(draw * self.batch_size + row, self.num_examples)
+        if epoch not in self._epochs:
+            if len(self._epochs) > 3:
+                self._epochs.pop(min(self._epochs))
+            self._epochs[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+        return int(self._epochs[epoch][position])
+
+    def min_steps(self, row: int, draw: int, exploration: float, max_steps: int) -> int:
+        """Steps that this example must run before it may halt: random for a fraction `exploration`, else 1."""
+        generator = np.random.default_rng([self.seed, 1, row, draw])
+        return int(generator.integers(2, max_steps + 1)) if max_steps > 1 and generator.random() < exploration else 1
+
+
+class CarriedRows:
+    """The rows of one process: which example each holds, for how many steps, and its reasoner state."""
+
+    def __init__(self, stream: RowStream, rows: range, num_slots: int, dim: int, device: torch.device, dtype: Any):
+        self.stream, self.rows = stream, rows
+        self.draws = torch.full((len(rows),), -1)
+        self.steps = torch.zeros(len(rows), dtype=torch.long)
+        self.min_steps = torch.ones(len(rows), dtype=torch.long)
+        self.halted = torch.ones(len(rows), dtype=torch.bool)
+        self.y = torch.zeros(len(rows), num_slots, dim, device=device, dtype=dtype)
+        self.z = torch.zeros_like(self.y)
+
+    def refill(self, exploration: float, max_steps: int) -> None:
+        """Give each halted row its next example; `halted` then marks the rows whose state starts anew."""
+        for index in self.halted.nonzero().flatten().tolist():
+            self.draws[index] += 1
+            draw = int(self.draws[index])
+            self.steps[index] = 0
+            self.min_steps[index] = self.stream.min_steps(self.rows[index], draw, exploration, max_steps)
+
+    def examples(self, part: slice) -> list[int]:
+        """Example numbers of a part of the rows."""
+        indices = range(*part.indices(len(self.rows)))
+        return [self.stream.example(self.rows[index], int(self.draws[index])) for index in indices]
+
+    def advance(self, part: slice, state: ReasonerState, halt_logits: Tensor, max_steps: int) -> None:
+        """Keep the new state and mark the rows that are done."""
+        self.y[part], self.z[part] = state.y, state.z
+        self.steps[part] += 1
+        wants = (halt_logits.detach() > 0).cpu() & (self.steps[part] >= self.min_steps[part])
+        self.halted[part] = wants | (self.steps[part] >= max_steps)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on."""
+        names = ("draws", "steps", "min_steps", "halted", "y", "z")
+        return {name: getattr(self, name).clone() for name in names}
+
+
+class MasterWeights:
+    """Float32 weights, their EMA and the optimizer, for a model that may compute in bfloat16."""
+
+    def __init__(self, model: HybridModel, config: TrainingConfig):
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in self.parameters]
+        self.ema = [master.detach().clone() for master in self.masters]
+        self.config = config
+        decayed = [master for master in self.masters if master.ndim > 1]
+        plain = [master for master in self.masters if master.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, foreach=True)
+
+    def update(self, learning_rate: float, num_updates: int) -> float:
+        """One optimizer step from the gradients of the model; returns the gradient norm before clipping."""
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            master.grad = gradient.float()
+            parameter.grad = None
+        norm = nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm, foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        decay = min(self.config.ema_decay, (1 + num_updates) / (10 + num_updates))  # short runs need a short memory
+        torch._foreach_lerp_(self.ema, [master.detach() for master in self.masters], 1 - decay)
+        self._show(self.masters)
+        return float(norm)
+
+    @torch.no_grad()
+    def _show(self, weights: Sequence[Tensor]) -> None:
+        torch._foreach_copy_([parameter.detach() for parameter in self.parameters], [w.detach() for w in weights])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with its EMA weights, for evaluation."""
+        self._show(self.ema)
+        try:
+            yield
+        finally:
+            self._show(self.masters)
+
+    def head_state(self, model: HybridModel) -> dict[str, Tensor]:
+        """The state dict that is saved: EMA weights in float32, and buffers."""
+        state = {name: buffer.float() for name, buffer in model.named_buffers()}
+        return state | dict(zip(self.names, (weight.clone() for weight in self.ema), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on."""
+        masters = [master.detach() for master in self.masters]
+        return {"masters": masters, "ema": self.ema, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        for target, source in ((self.masters, state["masters"]), (self.ema, state["ema"])):
+            torch._foreach_copy_([weight.detach() for weight in target], source)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._show(self.masters)
+
+
+class Trainer:
+    """A training run.
+
+    Args:
+        config: The run.
+        model: The head, with its backbone attached.
+        train: Embedded training examples.
+        valid: Embedded validation examples.
+        accelerator: Processes and devices.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: HybridModel,
+        train: EmbeddedExamples,
+        valid: EmbeddedExamples,
+        accelerator: Accelerator,
+    ):
+        self.config, self.settings, self.accelerator = config, config.training, accelerator
+        self.folder = Path(self.settings.output_folder)
+        processes, batch_size = accelerator.num_processes, self.settings.batch_size
+        if batch_size % (processes * self.settings.gradient_accumulation_steps):
+            raise ValueError(
+                f"training.batch_size={batch_size}: expected a multiple of {processes} processes × "
+                f"{self.settings.gradient_accumulation_steps} accumulation steps"
+            )
+        native = native_dtype(accelerator.device)
+        dtype = {"auto": native, "bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.precision]
+        self.train, self.valid = train, valid
+        self.model = model.to(accelerator.device)
+        self.weights = MasterWeights(model, self.settings)  # before rounding to bfloat16
+        self.model.to(dtype)
+        self.wrapped = accelerator.prepare(self.model)
+        local = batch_size // processes
+        self.rows = CarriedRows(
+            RowStream(len(train), batch_size, self.settings.seed),
+            range(accelerator.process_index * local, (accelerator.process_index + 1) * local),
+            train.num_fields + model.config.reasoner.num_tape_slots,
+            model.config.reasoner.dim,
+            accelerator.device,
+            dtype,
+        )
+        self.num_updates, self.seconds, self.best_accuracy, self.num_bad = 0, 0.0, -1.0, 0
+        self.window: dict[str, float] = {}
+        self.stop_requested = False
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Train to the end, or until interrupted; returns the folder of the best head."""
+        settings, start = self.settings, time.monotonic() - self.seconds
+        bar = tqdm(
+            total=settings.num_updates,
+            initial=self.num_updates,
+            unit="update",
+            desc="train",
+            disable=not self.accelerator.is_main_process,
+        )
+        with bar, _interrupt_sets(self):
+            while self.num_updates < settings.num_updates and not self.stop_requested:
+                self.update()
+                self.seconds = time.monotonic() - start
+                if self.num_updates % settings.log_every == 0:
+                    line = self.log()
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.3f}", refresh=False)
+                if self.num_updates % settings.eval_every == 0 or self.num_updates == settings.num_updates:
+                    self.evaluate()
+                if self.num_updates % settings.save_every == 0:
+                    self.save_checkpoint()
+                bar.update()
+        self.save_checkpoint()
+        if self.stop_requested and self.num_updates < settings.num_updates:
+            self.accelerator.print(f"stopped after update {self.num_updates}, saved; go on with --resume")
+        self.accelerator.end_training()
+        return self.folder / "best"
+
+    def update(self) -> None:
+        """One refinement step for every row, one optimizer step."""
+        settings, stage = self.settings, self.stage()
+        torch.manual_seed(hash((settings.seed, self.num_updates, self.accelerator.process_index)) % 2**63)
+        self.model.train()
+        self.rows.refill(settings.halt_exploration, stage.max_steps)
+        parts = settings.gradient_accumulation_steps
+        size = len(self.rows.rows) // parts
+        for part in range(parts):
+            sync = nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.wrapped)
+            with sync:
+                self._accumulate(slice(part * size, (part + 1) * size), stage, parts)
+        rate = learning_rate(settings, self.num_updates)
+        self._count({"gradient_norm": self.weights.update(rate, self.num_updates)})
+        self.num_updates += 1
+
+    def _accumulate(self, part: slice, stage: ReasonerConfig, parts: int) -> None:
+        rows, settings = self.rows, self.settings
+        hidden_states, mask, fields, labels = self.train.batch(self.model, rows.examples(part), self.train.num_fields)
+        if settings.feature_noise > 0:
+            scale = hidden_states.float().pow(2).mean(-1, keepdim=True).sqrt()
+            hidden_states = hidden_states + settings.feature_noise * scale * torch.randn_like(hidden_states)
+        output = self.wrapped(
+            hidden_states,
+            mask,
+            fields,
+            labels=labels,
+            state=ReasonerState(rows.y[part], rows.z[part]),
+            fresh=rows.halted[part].to(mask.device),
+            num_latent_passes=stage.num_latent_passes,
+            num_cycles=stage.num_cycles,
+            halt_loss_weight=settings.halt_loss_weight,
+        )
+        loss = output.loss.detach()
+        if not torch.isfinite(loss):
+            names = [self.train.examples[row].id for row in rows.examples(part)[:3]]
+            raise FloatingPointError(
+                f"the loss is {float(loss)} at update {self.num_updates} (rows {names} …): lower "
+                f"training.learning_rate={settings.learning_rate:g} and go on from the last checkpoint with --resume"
+            )
+        self.accelerator.backward(output.loss / parts)
+        rows.advance(part, output.state, output.halt_logits, stage.max_steps)
+        finished = rows.halted[part]
+        means = {"loss": loss, **output.metrics}
+        self._count({name: float(value) for name, value in means.items()}, 1 / parts)
+        self._count({"rows_finished": float(finished.sum()), "steps": float(rows.steps[part][finished].sum())})
+
+    def stage(self) -> ReasonerConfig:
+        """The recursion numbers of this update."""
+        numbers = ReasonerConfig(**vars(self.config.reasoner))
+        for stage in self.settings.recursion_schedule:
+            if stage.start <= self.num_updates:
+                _override(numbers, stage)
+        return numbers
+
+    # -- log, evaluation -------------------------------------------------------------------------------------------
+
+    def _count(self, values: dict[str, float], weight: float = 1.0) -> None:
+        for name, value in values.items():
+            self.window[name] = self.window.get(name, 0.0) + weight * value
+
+    def log(self) -> dict[str, float]:
+        """Write means since the last log line, over all processes."""
+        totals = torch.tensor([self.window[name] for name in sorted(self.window)], dtype=torch.float64)
+        totals = self.accelerator.reduce(totals.to(self.accelerator.device).float(), "mean").tolist()
+        window = dict(zip(sorted(self.window), totals, strict=True))
+        finished, steps = window.pop("rows_finished"), window.pop("steps")
+        line = {"update": self.num_updates, **{k: v / self.settings.log_every for k, v in window.items()}}
+        line["rows_finished"] = finished * self.accelerator.num_processes
+        line["mean_steps"] = steps / finished if finished else float("nan")
+        line["learning_rate"] = learning_rate(self.settings, self.num_updates - 1)
+        line["seconds"] = round(self.seconds, 2)
+        self.window = {}
+        self._write_log(line)
+        return line
+
+    def _write_log(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=self.num_updates)
+
+    def evaluate(self) -> None:
+        """Accuracy of the EMA weights on the validation examples; the best head is saved."""
+        if self.accelerator.is_main_process:
+            stage = self.stage()
+            with self.weights.averaged():
+                record = run_steps(self.model, self.valid, stage.max_steps)
+            halted = record.right_when_halted(stage.max_steps)
+            accuracy = float(halted.float().mean())
+            depths = {str(row["depth"]): round(row["accuracy"], 4) for row in by_depth(halted, self.valid.examples)}
+            steps = float(record.steps_used(stage.max_steps).float().mean())
+            self._write_log(
+                {
+                    "update": self.num_updates,
+                    "valid_accuracy": accuracy,
+                    "valid_by_depth": depths,
+                    "valid_steps": steps,
+                }
+            )
+            tqdm.write(f"update {self.num_updates}: validation accuracy {accuracy:.3f}  {depths}  steps {steps:.1f}")
+            self.num_bad = 0 if accuracy > self.best_accuracy else self.num_bad + 1
+            if accuracy > self.best_accuracy:
+                self.best_accuracy = accuracy
+                self.save_head("best")
+            self.save_head("last")
+        stop = torch.tensor(float(self.num_bad > (self.settings.patience or math.inf)), device=self.accelerator.device)
+        if self.accelerator.reduce(stop, "sum") > 0:
+            self.accelerator.print(f"no better in {self.settings.patience} evaluations: training ends")
+            self.settings.num_updates = self.num_updates
+
+    # -- save and resume -------------------------------------------------------------------------------------------
+
+    def save_head(self, name: str) -> None:
+        """Save the EMA weights as a head that `HybridModel.from_pretrained` loads, with the run's configuration."""
+        folder = self.folder / name
+        with _disk_full_explained(folder):
+            self.model.save_pretrained(folder, state_dict=self.weights.head_state(self.model))
+            (folder / "run.yaml").write_text(yaml.safe_dump(to_plain(self.config), sort_keys=False))
+            write_card(folder, self.model.card_facts())
+
+    def save_checkpoint(self) -> None:
+        """Write everything a resumed run needs, whole or not at all."""
+        rows = {k: self.accelerator.gather(v.to(self.accelerator.device)) for k, v in self.rows.state_dict().items()}
+        window = sorted(self.window.items())
+        totals = self.accelerator.reduce(
+            torch.tensor([value for _, value in window]).to(self.accelerator.device), "mean"
+        )
+        if not self.accelerator.is_main_process:
+            return
+        checkpoint = {
+            "config": to_plain(self.config),
+            "num_updates": self.num_updates,
+            "seconds": self.seconds,
+            "best_accuracy": self.best_accuracy,
+            "num_bad": self.num_bad,
+            "window": dict(zip([name for name, _ in window], totals.tolist(), strict=True)),
+            "weights": self.weights.state_dict(),
+            "rows": rows,
+        }
+        path = self.folder / CHECKPOINT
+        with _disk_full_explained(path):
+            torch.save(checkpoint, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint; what training depends on must be as it was.
+
+        Raises:
+            ValueError: There is no checkpoint, or the configuration differs where it matters.
+        """
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            raise ValueError(f"--resume: no {path}; start without --resume, or give the right training.output_folder")
+        checkpoint = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        if changed := _changed(checkpoint["config"], to_plain(self.config)):
+            raise ValueError(
+                f"--resume: {changed} differ from the run that was stopped; use the same, or a new folder"
+            )
+        for name in ("num_updates", "seconds", "best_accuracy", "num_bad", "window"):
+            setattr(self, name, checkpoint[name])
+        self.weights.load_state_dict(checkpoint["weights"])
+        local = slice(self.rows.rows.start, self.rows.rows.stop)
+        for name, value in checkpoint["rows"].items():
+            getattr(self.rows, name).copy_(value[local])
+        if self.accelerator.is_main_process:
+            self._truncate_log()
+        self.accelerator.print(f"resumed after update {self.num_updates}")
+
+    def _truncate_log(self) -> None:
+        """Drop the log lines that the killed run wrote after its last checkpoint: they will be written again."""
+        path = self.folder / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["update"] <= self.num_updates]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def learning_rate(settings: TrainingConfig, update: int) -> float:
+    """Linear warm-up, then constant, or cosine to a tenth of the peak."""
+    warm = min(1.0, (update + 1) / max(1, settings.warmup_updates))
+    if settings.decay == "constant":
+        return settings.learning_rate * warm
+    progress = max(0.0, update - settings.warmup_updates) / max(1, settings.num_updates - settings.warmup_updates)
+    return settings.learning_rate * warm * (0.55 + 0.45 * math.cos(math.pi * min(1.0, progress)))
+
+
+def _override(numbers: ReasonerConfig, stage: RecursionStage) -> None:
+    for name in ("num_latent_passes", "num_cycles", "max_steps"):
+        if getattr(stage, name) is not None:
+            setattr(numbers, name, getattr(stage, name))
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings that differ and would change the course of training."""
+    free = {"output_folder", "eval_every", "save_every", "patience", "trackers", "gradient_accumulation_steps"}
+    return [
+        f"{section}.{key}"
+        for section in ("backbone", "adapter", "reasoner", "data", "training")
+        for key in now[section]
+        if key not in free and before[section].get(key) != now[section][key]
+    ]
+
+
+@contextmanager
+def _interrupt_sets(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run after the current update; a second Ctrl-C ends it at once."""
+
+    def request(number: int, frame: Any) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _disk_full_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk is full while writing {path}; what was saved before is whole: free space, then --resume",
+            ) from error
+        raise
+
+
+# -- a run from its configuration ----------------------------------------------------------------------------------
+
+
+def prepare(
+    config: RunConfig, accelerator: Accelerator, backbone: Backbone | None = None
+) -> tuple[HybridModel, EmbeddedExamples, EmbeddedExamples]:
+    """Data, backbone, feature cache and a new head; cheap checks come first."""
+    examples = {role: load_examples(config.data, role) for role in ("train", "valid")}
+    backbone = backbone or load_backbone(config.backbone, accelerator.device)
+    torch.manual_seed(config.training.seed)
+    model = HybridModel.from_backbone(
+        backbone,
+        backbone_config=config.backbone,
+        adapter=config.adapter,
+        reasoner=config.reasoner,
+        known_options=known_options(examples["train"]),
+        choices=common_choices(examples["train"]),
+    )
+    with accelerator.main_process_first():  # the others find the cache filled
+        progress = accelerator.is_main_process
+        embedded = embed_examples(config.features, model.backbone, examples, progress)
+    sample = np.random.default_rng(config.training.seed).permutation(len(embedded["train"]))[:NUM_STATISTICS_ROWS]
+    hidden_states, mask, _, _ = embedded["train"].batch(model, sample.tolist())
+    model.adapter.fit_statistics(hidden_states, mask)
+    return model, embedded["train"], embedded["valid"]
+
+
+def train(config: RunConfig, resume: bool = False, backbone: Backbone | None = None) -> Path:
+    """Train a head; returns the folder of the best one.
+
+    Args:
+        config: The run.
+        resume: Go on from the checkpoint in `training.output_folder`.
+        backbone: A loaded backbone to use instead of the configured one.
+
+    Raises:
+        ValueError: The configuration, the data or an existing output folder does not allow the run.
+        FloatingPointError: The loss is not finite.
+    """
+    folder = Path(config.training.output_folder)
+    if not resume and (folder / CHECKPOINT).exists():
+        raise ValueError(f"{folder} holds a run already: go on with --resume, or give another training.output_folder")
+    trackers: Any = config.training.trackers or None
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=trackers,
+        project_dir=str(folder),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # others wait while one embeds
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model, train_examples, valid_examples = prepare(config, accelerator, backbone)
+    if accelerator.is_main_process:
+        model.print_trainable_parameters()
+        (folder / "run.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    if trackers:
+        accelerator.init_trackers("hybrid", config={"run": json.dumps(to_plain(config))})
+    trainer = Trainer(config, model, train_examples, valid_examples, accelerator)
+    if resume:
+        trainer.resume()
+    return trainer.run()

@@ -1,0 +1,226 @@
+"""Training invariants: frozen weights, exact resume, accumulation, processes, early errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from conftest import chain_examples, tiny_run
+
+from hybrid.batches import EmbeddedExamples
+from hybrid.config import RecursionStage, RunConfig, to_plain
+from hybrid.model import HybridModel
+from hybrid.training import CHECKPOINT, RowStream, Trainer, learning_rate, prepare, train
+
+
+def write_data(folder: Path, number: int = 64) -> None:
+    with (folder / "data.jsonl").open("w") as file:
+        for split, seed, size in (("train", 0, number), ("valid", 1, 16), ("test", 2, 16)):
+            for example in chain_examples(size, seed=seed):
+                row = {"id": example.id, "split": split, "depth": example.depth, "context": example.context}
+                file.write(json.dumps(row | {"question": example.question, "answer": example.answers[0]}) + "\n")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_data(tmp_path)
+    return tmp_path
+
+
+def curve(run_folder: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def weights(head: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(head / "model.safetensors")
+
+
+def test_training_learns_and_leaves_the_backbone_as_it_was(folder, backbone):
+    before = backbone.full_hash()
+    config = tiny_run(folder, num_updates=150, batch_size=16, learning_rate=3e-3, eval_every=150, save_every=150)
+    best = train(config, backbone=backbone)
+    assert backbone.full_hash() == before
+    lines = curve(folder / "run")
+    assert lines[0]["answer_loss"] > 1.0 > lines[-2]["answer_loss"]
+    assert lines[-1]["valid_accuracy"] > 0.6  # four directions: chance is a quarter
+    model = HybridModel.from_pretrained(best, backbone, dtype="float32")
+    example = chain_examples(1, seed=2)[0]
+    assert model.answer(example.question, context=example.context).value in example.fields[0].options
+    assert yaml.safe_load((best / "run.yaml").read_text()) == to_plain(config)
+
+
+def test_resumed_run_equals_one_that_never_stopped(folder, backbone):
+    dropout = {"feature_noise": 0.1}  # noise too must go on as if nothing had happened
+    whole = tiny_run(folder, output_folder=str(folder / "whole"), **dropout)
+    train(whole, backbone=backbone)
+    stopped = tiny_run(folder, output_folder=str(folder / "stopped"), **dropout)
+    trainer = Trainer(stopped, *prepare(stopped, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    (folder / "stopped").mkdir()
+    for _ in range(5):
+        trainer.update()
+        if trainer.num_updates % 2 == 0:
+            trainer.log()
+    trainer.save_checkpoint()  # after update 5: in the middle of a log window
+    trainer.update()
+    trainer.log()  # this update and its log line are lost with the process
+    train(stopped, resume=True, backbone=backbone)
+    assert curve(folder / "stopped") == curve(folder / "whole")
+    for name, weight in weights(folder / "whole" / "last").items():
+        torch.testing.assert_close(weight, weights(folder / "stopped" / "last")[name], rtol=0, atol=0)
+
+
+def test_accumulation_equals_one_large_batch(folder, backbone):
+    for name, parts in (("one", 1), ("two", 2)):
+        config = tiny_run(folder, output_folder=str(folder / name), gradient_accumulation_steps=parts)
+        train(config, backbone=backbone)
+    for name, weight in weights(folder / "one" / "last").items():
+        torch.testing.assert_close(weight, weights(folder / "two" / "last")[name], rtol=1e-4, atol=1e-5)
+
+
+def run_cli(folder: Path, config: RunConfig, backbone_folder: Path, *flags: str, launch: tuple[str, ...] = ()):
+    data = to_plain(config)
+    data["backbone"] |= {"name_or_path": str(backbone_folder), "layers": [0, 1, 2], "dtype": "float32"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(data))
+    command = [sys.executable, *launch, "-m", "hybrid", "train", str(folder / "run.yaml"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_equal_one(folder, backbone_folder):
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    launch += ("--mixed_precision", "no", "--dynamo_backend", "no")
+    for name, prefix in (("one", ()), ("two", launch)):
+        config = tiny_run(folder, output_folder=str(folder / name))
+        process = run_cli(folder, config, backbone_folder, launch=prefix)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    one, two = curve(folder / "one"), curve(folder / "two")
+    assert [line["update"] for line in one] == [line["update"] for line in two]
+    assert one[-2]["loss"] == pytest.approx(two[-2]["loss"], rel=1e-3)
+    for name, weight in weights(folder / "one" / "last").items():
+        torch.testing.assert_close(weight, weights(folder / "two" / "last")[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_interrupted_runs_resume(folder, backbone_folder, how):
+    config = tiny_run(folder, num_updates=400, eval_every=400, save_every=4)
+    process = run_cli(folder, config, backbone_folder)
+    checkpoint = folder / "run" / CHECKPOINT
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(how)
+    output, errors = process.communicate(timeout=60)
+    assert checkpoint.exists(), errors
+    if how == signal.SIGINT:
+        assert process.returncode == 0, errors
+        assert "saved; go on with --resume" in output
+    reached = torch.load(checkpoint, weights_only=True)["num_updates"]
+    assert 0 < reached < 400
+    config.training.num_updates = 400
+    process = run_cli(folder, config, backbone_folder, "--resume")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert f"resumed after update {reached}" in output
+    assert [line["update"] for line in curve(folder / "run") if "loss" in line] == list(range(2, 401, 2))
+
+
+def test_existing_run_is_not_overwritten_and_changes_are_named(folder, backbone):
+    config = tiny_run(folder, num_updates=4)
+    train(config, backbone=backbone)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(config, backbone=backbone)
+    changed = tiny_run(folder, num_updates=4, learning_rate=0.5)
+    with pytest.raises(ValueError, match=r"\['training.learning_rate'\] differ"):
+        train(changed, resume=True, backbone=backbone)
+    shutil.rmtree(folder / "run")
+    with pytest.raises(ValueError, match="--resume: no "):
+        train(config, resume=True, backbone=backbone)
+
+
+def test_loss_that_is_not_finite_names_update_and_fix(folder, backbone):
+    config = tiny_run(folder, learning_rate=1e-3)
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    with torch.no_grad():
+        trainer.model.decoder.score_scale.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan at update 0 .* lower training.learning_rate=0.001"):
+        trainer.update()
+
+
+def test_full_disk_is_explained_and_the_checkpoint_stays_whole(folder, backbone, monkeypatch):
+    config = tiny_run(folder)
+    (folder / "run").mkdir()
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    trainer.update()
+    trainer.save_checkpoint()
+    whole = (folder / "run" / CHECKPOINT).read_bytes()
+
+    def fail(*args):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="the disk is full while writing .*checkpoint.pt"):
+        trainer.save_checkpoint()
+    assert (folder / "run" / CHECKPOINT).read_bytes() == whole
+
+
+def test_finished_rows_are_replaced_and_others_keep_their_state(folder, backbone):
+    config = tiny_run(folder, halt_exploration=0.0)
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    trainer.update()
+    before, drawn = trainer.rows.y.clone(), trainer.rows.draws.clone()
+    trainer.rows.halted[:] = False
+    trainer.rows.halted[3] = True
+    trainer.update()
+    assert (trainer.rows.draws - drawn).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert trainer.rows.steps.tolist() == [2, 2, 2, 1, 2, 2, 2, 2]
+    assert not torch.equal(before, trainer.rows.y)
+
+
+def test_row_stream_covers_each_epoch_once_whatever_the_batch():
+    stream = RowStream(num_examples=50, batch_size=8, seed=3)
+    drawn = [stream.example(row, draw) for draw in range(25) for row in range(8)]  # 200 = 4 epochs
+    for epoch in range(4):
+        assert sorted(drawn[50 * epoch : 50 * (epoch + 1)]) == list(range(50))
+    assert drawn[:50] != drawn[50:100]
+    half = [stream.min_steps(row, 0, exploration=0.5, max_steps=8) for row in range(400)]
+    assert 120 < sum(steps > 1 for steps in half) < 280 and max(half) == 8
+
+
+def test_recursion_schedule_and_learning_rate(folder, backbone):
+    stages = [RecursionStage(num_latent_passes=1, num_cycles=1, max_steps=1), RecursionStage(start=4, num_cycles=3)]
+    config = tiny_run(folder, recursion_schedule=stages)
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    numbers = [(stage.num_latent_passes, stage.num_cycles, stage.max_steps) for stage in [trainer.stage()]]
+    trainer.num_updates = 4
+    numbers.append((trainer.stage().num_latent_passes, trainer.stage().num_cycles, trainer.stage().max_steps))
+    assert numbers == [(1, 1, 1), (1, 3, 1)]
+    settings = dataclasses.replace(config.training, learning_rate=1.0, warmup_updates=10, num_updates=110)
+    rates = [learning_rate(settings, update) for update in range(111)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[110] == pytest.approx(0.1)
+
+
+def test_cached_features_equal_live_features(model, embedded):
+    assert isinstance(embedded, EmbeddedExamples)
+    texts = [(embedded.examples[row].context, embedded.examples[row].question) for row in range(6)]
+    live, live_mask = model.embed(texts)
+    cached, cached_mask, _, _ = embedded.batch(model, range(6))
+    assert torch.equal(live_mask, cached_mask)
+    torch.testing.assert_close(cached, live, rtol=1e-2, atol=1e-2)  # the store keeps bfloat16
+    torch.testing.assert_close(cached[..., 1:, :], live.bfloat16().float()[..., 1:, :], rtol=1e-2, atol=1e-3)
