@@ -28,6 +28,9 @@ class Adapter(nn.Module):
         dropout: Dropout on whole memory vectors in training.
     """
 
+    center: Tensor
+    inverse_scale: Tensor
+
     def __init__(
         self,
         *,

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from hybrid.config import SMOLLM2, BackboneConfig
@@ -56,7 +63,7 @@ class Backbone:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
         name: str,
@@ -122,7 +129,7 @@ class Backbone:
             ) from error
         return cls(
             model.to(device),
-            tokenizer,
+            tokenizer,  # ty: ignore[invalid-argument-type]  from_pretrained never returns None: it raises
             name=name_or_path if gguf_file is None else f"{name_or_path}/{gguf_file}",
             revision=revision,
             layers=layers,
@@ -397,7 +404,8 @@ def _converted_gguf(folder: Path, gguf_file: str) -> Path:
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
         with quiet_transformers():
-            AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(partial)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+            tokenizer.save_pretrained(partial)  # ty: ignore[missing-union-attribute]  never None: it raises
             quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file)
             config = copy.deepcopy(quantized.config)
             del config.quantization_config  # the weights are plain from here on; a GGUF model cannot be saved as such
@@ -422,7 +430,7 @@ def _edges(path: Path, num_bytes: int = 1 << 20) -> bytes:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Generator[None]:
     """Silence transformers' loading bars and notes; errors still surface as exceptions."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

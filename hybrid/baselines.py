@@ -141,8 +141,8 @@ def fit_logistic(
         scores.append(float((linear(scaled[cut:]).argmax(1) == labels[cut:]).float().mean()))
     linear = _fit(scaled, labels, num_classes, weight_decays[scores.index(max(scores))])
     with torch.no_grad():  # fold the standardisation into the weights
-        linear.bias -= (linear.weight / std) @ mean
-        linear.weight /= std
+        linear.bias.sub_((linear.weight / std) @ mean)
+        linear.weight.div_(std)
     accuracy = float((linear(features).argmax(1) == labels).float().mean())
     return linear.requires_grad_(False), accuracy
 

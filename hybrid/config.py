@@ -293,7 +293,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
-def _section(cls: type, value: Any, name: str) -> Any:
+def _section(cls: type[BackboneConfig | AdapterConfig | ReasonerConfig], value: Any, name: str) -> Any:
     """A section of `HybridConfig` from its JSON form; keys of newer versions are named in a warning, not lost."""
     if not isinstance(value, dict):
         return value if value is not None else cls()

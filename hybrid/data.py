@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -34,6 +34,7 @@ JSON = ('["', "[{", '{"')  # how a text begins that is a list or mapping in JSON
 SEED_STRIDE = 10_000_000  # reasoning_gym seeds row i with seed + i: splits and seeds must lie further apart than rows
 
 Rows = datasets.Dataset | list[dict[str, Any]]
+Bounds = tuple[str | None, str | None]  # start and stop of a slice, as written
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _role_examples(config: DataConfig, role: str) -> list[Example]:
     return [example for example in _cut(examples, bounds) if (example.context, example.question) not in texts]
 
 
-def _find_split(config: DataConfig, role: str, present: Iterable[str]) -> tuple[str, tuple[str, str] | None]:
+def _find_split(config: DataConfig, role: str, present: Iterable[str]) -> tuple[str, Bounds | None]:
     """Find what the source calls the split of a role, and the bounds if it is a slice."""
     value = getattr(config, f"{role}_split")
     if (match := SLICE.fullmatch(value)) is None:
@@ -110,9 +111,11 @@ def _find_split(config: DataConfig, role: str, present: Iterable[str]) -> tuple[
     return name, (start, stop) if "[" in value else None
 
 
-def _cut(examples: list[Example], bounds: tuple[str, str] | None) -> list[Example]:
+def _cut(examples: list[Example], bounds: Bounds | None) -> list[Example]:
     rows = _shuffle(examples, seed=0, proportional=True)
-    start, stop = (b and (len(rows) * int(b[:-1]) // 100 if "%" in b else int(b)) for b in bounds or (None, None))
+    start, stop = (
+        None if b is None else len(rows) * int(b[:-1]) // 100 if "%" in b else int(b) for b in bounds or (None, None)
+    )
     return [examples[row] for row in sorted(rows[start:stop])]
 
 
@@ -143,18 +146,20 @@ def _read_file(path: Path) -> datasets.Dataset:
     if path.suffix not in READERS or path.stat().st_size == 0:
         raise ValueError(f"data.path={str(path)!r}: expected a file with rows that ends in {', '.join(READERS)}")
     # Only an empty cell is missing: pandas would read the answers "None" and "NA" as missing, too.
-    options = {"keep_default_na": False, "na_values": [""]} if path.suffix == ".csv" else {}
-    source = {"path": READERS[path.suffix], "data_files": {"rows": str(path)}, "split": "rows", **options}
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if path.suffix == ".csv" else {}
+    options |= {"path": READERS[path.suffix], "data_files": {"rows": str(path)}, "split": "rows"}
     try:  # the cache is thrown away and the rows stay in memory: works offline and where nothing may be written
         with tempfile.TemporaryDirectory() as folder:
-            return datasets.load_dataset(**source, cache_dir=folder, keep_in_memory=True)
+            return datasets.load_dataset(**options, cache_dir=folder, keep_in_memory=True)
     except DatasetGenerationError as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(f"data.path={str(path)!r} cannot be read as {READERS[path.suffix]}: {reason}") from error
 
 
 def _read_hub(config: DataConfig) -> dict[str, Rows]:
-    hub_id, at = config.hub_id, {"revision": config.revision}
+    assert config.hub_id is not None
+    hub_id = config.hub_id
+    at: dict[str, Any] = {"revision": config.revision}
     try:
         if config.hub_config is None:
             names = datasets.get_dataset_config_names(hub_id, **at)
@@ -229,7 +234,9 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     elif given is None:
         given, answer = ["answer"], {"answer": answer}
     # A field is {name, options}, or a name whose options are the choices.
-    named = {f: options for f in given if isinstance(f, str)} or {f["name"]: f.get("options", options) for f in given}
+    listed = cast(list[Any], given)
+    named: dict[str, Any] = {f: options for f in listed if isinstance(f, str)}
+    named = named or {f["name"]: f.get("options", options) for f in listed}
     if isinstance(answer, list) and len(answer) == len(named):
         answer = dict(zip(named, answer, strict=True))
     if not isinstance(answer, Mapping) or not named or set(answer) != set(named):
@@ -272,7 +279,7 @@ def _generate(config: DataConfig, role: str) -> list[dict[str, Any]]:
     task = config.reasoning_gym
     size = (config.max_train_examples or 10_000) if role == "train" else (config.max_eval_examples or 500)
     if task not in DATASETS:
-        close = difflib.get_close_matches(task, DATASETS) or sorted(DATASETS)
+        close = difflib.get_close_matches(str(task), DATASETS) or sorted(DATASETS)
         raise ValueError(f"data.reasoning_gym={task!r} is no task; close ones: {', '.join(close)}")
     seed = (config.seed * len(ROLES) + ROLES.index(role)) * SEED_STRIDE
     try:

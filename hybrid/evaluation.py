@@ -249,7 +249,9 @@ def plot_steps(results: dict[str, Any], path: Path) -> None:
     colors = plt.get_cmap("viridis")
     for number, depth in enumerate(depths):
         rows = [point["by_depth"][number] for point in curves]
-        style = {"color": "black", "linestyle": "--"} if depth == "all" else {"color": colors(number / len(depths))}
+        style: dict[str, Any] = (
+            {"color": "black", "linestyle": "--"} if depth == "all" else {"color": colors(number / len(depths))}
+        )
         axis.plot(steps, [row["accuracy"] for row in rows], marker="o", markersize=3, label=f"{depth}", **style)
         low, high = zip(*(row["interval"] for row in rows), strict=True)
         axis.fill_between(steps, low, high, alpha=0.12, color=style["color"], linewidth=0)

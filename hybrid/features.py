@@ -13,11 +13,11 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import lmdb
@@ -210,10 +210,10 @@ class FeatureCache:
         values = [transaction.get(key) for key in keys]
         if absent := values.count(None):
             raise ValueError(f"feature store {self.folder} lacks {absent} of {len(keys)} texts: run `hybrid embed`")
-        return values
+        return cast(list[memoryview], values)  # the transaction has `buffers=True`
 
     @contextmanager
-    def _transaction(self, write: bool = False) -> Iterator[lmdb.Transaction]:
+    def _transaction(self, write: bool = False) -> Generator[lmdb.Transaction]:
         if self.readonly and self._environment is None and not (self.folder / "data.mdb").exists():
             raise FileNotFoundError(f"no feature store in {self.folder}: run `hybrid embed` first")
         with _one_line_errors(self.folder):
@@ -293,7 +293,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 def _open_lmdb(folder: Path) -> lmdb.Environment:
     writable = os.access(folder, os.W_OK)  # the lock file too must be written, so a read-only folder goes without it
     # Without metasync a power cut may undo the last batch, never harm earlier ones.
-    options = dict(max_readers=512, metasync=False, readonly=not writable, lock=writable)
+    options: dict[str, Any] = dict(max_readers=512, metasync=False, readonly=not writable, lock=writable)
     map_bytes = MAP_BYTES
     while map_bytes > MIN_MAP_BYTES:
         try:
@@ -313,7 +313,7 @@ def _damaged(folder: Path, detail: str) -> RuntimeError:
 
 
 @contextmanager
-def _one_line_errors(folder: Path) -> Iterator[None]:
+def _one_line_errors(folder: Path) -> Generator[None]:
     """Turn what LMDB and the file system raise into one line that names the folder and the fix."""
     try:
         yield

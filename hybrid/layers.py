@@ -34,6 +34,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(intermediate_size, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape dim"]:
+        """Transform each vector by itself; the shape stays."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 

@@ -188,7 +188,7 @@ class HybridModel(PreTrainedModel):
     # -- save and load ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(  # ty: ignore[invalid-method-override]
+    def from_pretrained(  # ty: ignore[incompatible-method-override]
         cls,
         folder_or_hub_id: str | Path,
         backbone: Backbone | None = None,
@@ -217,7 +217,7 @@ class HybridModel(PreTrainedModel):
             dtype = native_dtype(device)
         try:
             with quiet_transformers():
-                model, info = super().from_pretrained(
+                model, info = super().from_pretrained(  # ty: ignore[not-iterable]  a pair, with output_loading_info
                     str(folder_or_hub_id), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
                 )
         except OSError as error:
@@ -231,7 +231,7 @@ class HybridModel(PreTrainedModel):
             backbone = load_backbone(model.config.backbone, device)
         return model.to(device).eval().attach_backbone(backbone)
 
-    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:  # ty: ignore[invalid-method-override]
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:  # ty: ignore[incompatible-method-override]
         """Write `config.json`, `model.safetensors` (trained tensors only) and the model card."""
         with quiet_transformers():
             super().save_pretrained(folder, **kwargs)

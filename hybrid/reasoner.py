@@ -6,7 +6,9 @@ caller owns the outer loop: it holds a `ReasonerState`, asks for one refinement 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,7 @@ class ReasonerLayer(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Update the slots; shapes as in `Attention.forward`."""
         x = rms_norm(x + F.dropout(self.attention(x, key, value, mask), self.dropout, self.training))
         return rms_norm(x + F.dropout(self.mlp(x), self.dropout, self.training))
 
@@ -67,12 +70,13 @@ class ReasonerNetwork(nn.Module):
 
     def project_memory(self, memory: Tensor, mask: Tensor | None) -> ProjectedMemory:
         """Keys and values of the memory, to be shared by all passes."""
-        pairs = [layer.attention.project_memory(memory) for layer in self.layers]
+        pairs = [layer.attention.project_memory(memory) for layer in cast(Iterable[ReasonerLayer], self.layers)]
         return ProjectedMemory([key for key, _ in pairs], [value for _, value in pairs], mask)
 
     def forward(
         self, x: Float[Tensor, "batch slots dim"], memory: ProjectedMemory
     ) -> Float[Tensor, "batch slots dim"]:
+        """One pass."""
         for layer, key, value in zip(self.layers, memory.keys, memory.values, strict=True):
             x = layer(x, key, value, memory.mask)
         return x
@@ -92,6 +96,9 @@ class RecursiveReasoner(nn.Module):
         tie_levels: One network for z and y, or one each.
         dropout: Dropout in training.
     """
+
+    initial_y: Tensor
+    initial_z: Tensor
 
     def __init__(
         self,
@@ -132,7 +139,8 @@ class RecursiveReasoner(nn.Module):
         """Keys and values of the memory for each network, computed once and read by every pass."""
         mask = torch.cat([memory_mask, slot_mask], dim=1)
         keys_exist = None if bool(mask.all()) else mask[:, None, None]
-        return [network.project_memory(memory, keys_exist) for network in self.networks]
+        networks = cast(Iterable[ReasonerNetwork], self.networks)
+        return [network.project_memory(memory, keys_exist) for network in networks]
 
     def initial_state(self, slots: Float[Tensor, "batch slots dim"], noise: float = 0.0) -> ReasonerState:
         """The state before the first refinement step; `noise` is a standard deviation added to z."""

@@ -13,7 +13,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -138,7 +138,7 @@ class MasterWeights:
         torch._foreach_copy_([parameter.detach() for parameter in self.parameters], [w.detach() for w in weights])
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Generator[None]:
         """The model with its EMA weights, for evaluation."""
         self._show(self.ema)
         try:
@@ -446,7 +446,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _interrupt_sets(trainer: Trainer) -> Iterator[None]:
+def _interrupt_sets(trainer: Trainer) -> Generator[None]:
     """Ctrl-C and SIGTERM end the run after the current update; a second Ctrl-C ends it at once."""
 
     def request(number: int, frame: Any) -> None:
@@ -463,7 +463,7 @@ def _interrupt_sets(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_full_explained(path: Path) -> Iterator[None]:
+def _disk_full_explained(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

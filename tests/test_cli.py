@@ -1,0 +1,135 @@
+"""The commands end to end on a tiny backbone, and one-line errors before any long work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_run
+from test_training import write_data
+
+from hybrid.backbone import Backbone
+from hybrid.cli import main
+from hybrid.config import to_plain
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def config_file(tmp_path, backbone_folder) -> Path:
+    """A run on the tiny backbone, as a YAML file beside its data."""
+    write_data(tmp_path)
+    data = to_plain(tiny_run(tmp_path))
+    data["backbone"] |= {"name_or_path": str(backbone_folder), "layers": [0, 1, 2], "dtype": "float32"}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def error_of(capsys, *arguments: str) -> str:
+    """Run a command that must fail with one line on stderr."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in errors if line.startswith("hybrid ")]
+    assert len(lines) == 1 and lines[0] == errors[-1], errors
+    return lines[0]
+
+
+def test_train_eval_ask(config_file, tmp_path, capsys):
+    main(["train", str(config_file), "--training.num_updates", "6"])
+    head = tmp_path / "run" / "best"
+    assert f"best head: {head}" in capsys.readouterr().out
+
+    main(["eval", str(head), "--steps", "1,2,4", "--baselines", "zero_shot,linear_probe"])
+    assert "| depth | n | head | frozen LLM, zero-shot | linear probe, pooled states |" in capsys.readouterr().out
+    results = json.loads((head / "results.json").read_text())
+    assert results["split"] == "test" and [point["steps"] for point in results["accuracy_by_steps"]] == [1, 2, 4]
+    assert results["command"].endswith("--baselines zero_shot,linear_probe")
+    assert (head / "results.png").exists()
+    assert f"{results['accuracy_by_depth'][0]['accuracy']:.3f}" in (head / "README.md").read_text()
+
+    main(["ask", str(head), "A is left of B . Where is A relative to B ?", "--steps", "2", "--verbose"])
+    output = capsys.readouterr().out
+    assert "step  1  answer: " in output and "(probability 0." in output and "load " in output
+    main(["ask", str(head), "Where is A relative to B ?", "--context", "A is left of B .", "--choices", "left, knave"])
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] in ("left", "knave")
+
+
+def test_embed_then_train_computes_nothing_again(config_file, capsys, monkeypatch):
+    main(["embed", str(config_file)])
+    assert "train: 64 examples" in capsys.readouterr().out
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("hidden states were computed again")
+
+    monkeypatch.setattr(Backbone, "hidden_states", refuse)
+    main(["train", str(config_file), "--training.num_updates", "2"])
+
+
+def test_probe_prints_every_layer(config_file, capsys):
+    main(["probe", str(config_file), "--max_train", "40", "--max_test", "16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["0", "1", "2", "3"]
+
+
+def test_env_and_help(capsys):
+    main(["env"])
+    assert "torch 2." in capsys.readouterr().out
+    main([])
+    assert "usage: hybrid COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--training.lr", "1"], "training.lr"),
+        (["--reasoner.dim", "wide"], "reasoner.dim"),
+        (["--reasoner.num_heads", "5"], "reasoner.num_heads=5: expected a divisor of dim=32"),
+        (["--training.batch_size", "0"], "training.batch_size=0"),
+        (["--data.path", "missing.jsonl"], "missing.jsonl"),
+        (["--data.column_mapping", '{"answer": "label"}', "--data.train_split", "nothing"], "nothing"),
+        (["--backbone.layers", "[0,99]"], "layers 0 to 3"),
+        (["--backbone.name_or_path", "no/such-model"], "could not be loaded"),
+        (["--data.choices", '["left", "right"]'], "is not among the choices"),
+        (["--data.train_depths", "[7]"], "train_depths=[7]"),
+    ],
+)
+def test_bad_settings_are_one_line_before_long_work(config_file, tmp_path, capsys, flags, message):
+    assert message in error_of(capsys, "train", str(config_file), *flags)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_unknown_key_in_the_yaml_is_refused_by_name(config_file, capsys):
+    data = yaml.safe_load(config_file.read_text())
+    data["reasoner"]["horizon"] = 3
+    config_file.write_text(yaml.safe_dump(data))
+    assert "horizon" in error_of(capsys, "train", str(config_file))
+
+
+def test_text_longer_than_the_window(config_file, tmp_path, capsys):
+    row = {"split": "train", "question": "A is left of B . " * 40, "answer": "left"}
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert "tiny" not in (error := error_of(capsys, "train", str(config_file)))
+    assert "tokens with template 'echo'" in error and "shorten it" in error
+
+
+def test_bad_heads_and_commands(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="no command 'fly'"):
+        main(["fly"])
+    assert "no head at" in error_of(capsys, "ask", str(tmp_path / "nowhere"), "Where ?")
+    (tmp_path / "head").mkdir()
+    assert "no run.yaml" in error_of(capsys, "eval", str(tmp_path / "head"))
+    assert "no ['magic']" in error_of(capsys, "eval", str(tmp_path / "head"), "--baselines", "magic")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_name_their_source_and_commands(path):
+    text = path.read_text()
+    assert f"hybrid train configs/{path.name}" in text
+    assert f"hybrid train configs/{path.name} --data.path ../shared/data/" in " ".join(text.split())
+    assert "Expected time" in text and "Expected score" in text
