@@ -53,11 +53,9 @@ class Adapter(nn.Module):
         self.resampler = Resampler(dim, num_heads, num_vectors) if kind == "resampler" else None
 
     @torch.no_grad()
-    def fit_statistics(
-        self, hidden_states: Float[Tensor, "batch tokens layers backbone_dim"], mask: Bool[Tensor, "batch tokens"]
-    ) -> None:
-        """Take mean and standard deviation of each dimension from a sample of the training set."""
-        states = hidden_states[mask].float()  # (all tokens, layers, backbone_dim)
+    def fit_statistics(self, hidden_states: Float[Tensor, "tokens layers backbone_dim"]) -> None:
+        """Take mean and standard deviation of each dimension from a sample of the training set's tokens."""
+        states = hidden_states.float()
         self.center.copy_(states.mean(0))
         self.inverse_scale.copy_(1 / states.std(0).clamp(min=1e-4))
 
@@ -77,8 +75,8 @@ class Adapter(nn.Module):
             memory = self.resampler(memory, mask)
             mask = mask.new_ones(memory.shape[:2])
         if self.training and self.dropout > 0:
-            kept = torch.rand(mask.shape, device=mask.device) >= self.dropout
-            mask = mask & (kept | ~kept.any(1, keepdim=True))
+            kept = mask & (torch.rand(mask.shape, device=mask.device) >= self.dropout)
+            mask = torch.where(kept.any(1, keepdim=True), kept, mask)  # never hide all of it
         return memory, mask
 
 

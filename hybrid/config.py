@@ -150,7 +150,8 @@ class DataConfig:
         task_parameters: Its parameters.
         column_mapping: Canonical column to source column, or to a format string over columns
             (`question: "How is {query} related?"`). Columns not named keep their own names.
-        choices: Options for rows that bring none.
+        choices: Options for rows that bring none. Where answers are truth values and neither option is `yes` or
+            `true`, the first option is false and the second true.
         train_split: Name of the training split.
         valid_split: Split on which choices are made (checkpoints, steps). Where the source has none, that many
             rows are cut from the end of the training split: `train[-1000:]`.
@@ -159,6 +160,7 @@ class DataConfig:
         max_train_examples: Keep at most this many training rows, spread evenly over depths.
         max_eval_examples: Keep at most this many rows of the other splits, spread evenly over depths.
         seed: Seed of procedural sources and of sub-sampling.
+        license: Licence of heads trained on these data, for their cards.
     """
 
     path: str | None = None
@@ -176,6 +178,7 @@ class DataConfig:
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
     seed: int = 0
+    license: str | None = None
 
     def __post_init__(self):
         for name in ("max_train_examples", "max_eval_examples"):
@@ -203,12 +206,27 @@ class FeatureConfig:
 
 @dataclass(kw_only=True)
 class RecursionStage:
-    """From update `start` on, train with these recursion numbers (those of `ReasonerConfig` where `None`)."""
+    """What holds from update `start` on; numbers left out are those of `ReasonerConfig`.
+
+    Args:
+        start: First update of the stage.
+        num_latent_passes: Updates of z in a cycle (n).
+        num_cycles: Cycles in a refinement step (T).
+        max_steps: Refinement steps at most.
+        max_depth: Draw only examples up to this depth (curriculum); `None` draws all.
+    """
 
     start: int = 0
     num_latent_passes: int | None = None
     num_cycles: int | None = None
     max_steps: int | None = None
+    max_depth: int | None = None
+
+    def __post_init__(self):
+        _check(self.start >= 0, "recursion_schedule.start", self.start, "a number ≥ 0")
+        for name in ("num_latent_passes", "num_cycles", "max_steps"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"recursion_schedule.{name}", value, "a number > 0, or null")
 
 
 @dataclass(kw_only=True)
@@ -230,7 +248,7 @@ class TrainingConfig:
         precision: `bf16` computes in bfloat16 with float32 master weights; `auto` picks it where it is native.
         halt_exploration: Fraction of rows that must run a random number of steps before they may halt.
         halt_loss_weight: Weight of the halting loss beside the answer loss.
-        recursion_schedule: Stages that grow the recursion.
+        recursion_schedule: Stages that grow the recursion, and the depth of the questions.
         feature_noise: Standard deviation of noise on the (unit-variance) hidden states.
         eval_every: Updates between evaluations on the validation split.
         save_every: Updates between checkpoints.
@@ -268,7 +286,12 @@ class TrainingConfig:
             "num_updates", "batch_size", "gradient_accumulation_steps", "eval_every", "save_every", "log_every",
         ):  # fmt: skip
             _check(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number > 0")
-        _check(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "a number > 0")
+        for name in ("learning_rate", "max_grad_norm"):
+            _check(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number > 0")
+        for name in ("weight_decay", "warmup_updates", "halt_loss_weight", "feature_noise"):
+            _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "a number ≥ 0")
+        _check(all(0 <= beta < 1 for beta in self.betas), "training.betas", self.betas, "two numbers in [0, 1)")
+        _check(self.patience is None or self.patience > 0, "training.patience", self.patience, "> 0, or null")
         _check(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
         _check(0 <= self.halt_exploration <= 1, "training.halt_exploration", self.halt_exploration, "in [0, 1]")
         _check(
@@ -314,6 +337,7 @@ class HybridConfig(PreTrainedConfig):
         backbone_dim: Hidden size of the backbone.
         known_options: Options that own a learned residual, by text, in the order of the embedding's rows.
         choices: Default options of a question asked without any.
+        license: Licence of the head, for its card.
         hybrid_version: Version that wrote the head.
     """
 
@@ -325,6 +349,7 @@ class HybridConfig(PreTrainedConfig):
     backbone_dim: int = 576
     known_options: list[str] | None = None
     choices: list[str] | None = None
+    license: str | None = None
     hybrid_version: str | None = None
 
     def __post_init__(self, **kwargs):

@@ -1,9 +1,9 @@
 """The training loop: carried states, EMA, checkpoints, resume.
 
 One update is one refinement step for every row of the batch. A row keeps its state from update to update until it
-halts; then its place is taken by the next example of its own stream. Because each row draws from its own stream, and
-noise is seeded by the update, the course of training depends neither on the number of processes nor on when it was
-interrupted.
+halts; then its place is taken by the next example of its own stream. Because each row draws from its own stream, what
+it sees does not depend on the number of processes; because noise is seeded by the update, a resumed run goes on as if
+it had never stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -21,23 +21,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hybrid.backbone import Backbone, load_backbone, native_dtype
 from hybrid.batches import EmbeddedExamples, common_choices, embed_examples, known_options
 from hybrid.config import ReasonerConfig, RecursionStage, RunConfig, TrainingConfig, to_plain
-from hybrid.data import load_examples
+from hybrid.data import data_fingerprint, load_examples
 from hybrid.evaluation import by_depth, run_steps
-from hybrid.hub import write_card
 from hybrid.model import HybridModel
-from hybrid.reasoner import ReasonerState
+from hybrid.reasoner import ReasonerState, has_halted
 
 CHECKPOINT = "checkpoint.pt"
-NUM_STATISTICS_ROWS = 512  # training rows from which the adapter takes means and deviations
+NUM_STATISTICS_TOKENS = 16_384  # training tokens from which the adapter takes means and deviations
 
 
 class RowStream:
@@ -78,12 +79,19 @@ class CarriedRows:
         self.y = torch.zeros(len(rows), num_slots, dim, device=device, dtype=dtype)
         self.z = torch.zeros_like(self.y)
 
-    def refill(self, exploration: float, max_steps: int) -> None:
-        """Give each halted row its next example; `halted` then marks the rows whose state starts anew."""
+    def refill(self, exploration: float, max_steps: int, accepts: Callable[[int], bool]) -> None:
+        """Give each halted row its next example; `halted` then marks the rows whose state starts anew.
+
+        Args:
+            exploration: Fraction of examples with a random minimum of steps.
+            max_steps: Refinement steps at most.
+            accepts: Whether an example may be drawn now; others are passed over.
+        """
         for index in self.halted.nonzero().flatten().tolist():
-            self.draws[index] += 1
-            draw = int(self.draws[index])
-            self.steps[index] = 0
+            draw = int(self.draws[index]) + 1
+            while not accepts(self.stream.example(self.rows[index], draw)):
+                draw += 1
+            self.draws[index], self.steps[index] = draw, 0
             self.min_steps[index] = self.stream.min_steps(self.rows[index], draw, exploration, max_steps)
 
     def examples(self, part: slice) -> list[int]:
@@ -91,12 +99,11 @@ class CarriedRows:
         indices = range(*part.indices(len(self.rows)))
         return [self.stream.example(self.rows[index], int(self.draws[index])) for index in indices]
 
-    def advance(self, part: slice, state: ReasonerState, halt_logits: Tensor, max_steps: int) -> None:
-        """Keep the new state and mark the rows that are done."""
+    def advance(self, part: slice, state: ReasonerState, wants: Tensor, max_steps: int) -> None:
+        """Keep the new state and mark the rows that are done: those that want to halt and may, or must."""
         self.y[part], self.z[part] = state.y, state.z
         self.steps[part] += 1
-        wants = (halt_logits.detach() > 0).cpu() & (self.steps[part] >= self.min_steps[part])
-        self.halted[part] = wants | (self.steps[part] >= max_steps)
+        self.halted[part] = wants & (self.steps[part] >= self.min_steps[part]) | (self.steps[part] >= max_steps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on."""
@@ -125,6 +132,11 @@ class MasterWeights:
             master.grad = gradient.float()
             parameter.grad = None
         norm = nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm, foreach=True)
+        if not torch.isfinite(norm):  # before it reaches the weights, and a checkpoint
+            raise FloatingPointError(
+                f"the gradient is not finite at update {num_updates}: lower training.learning_rate="
+                f"{self.config.learning_rate:g} and go on from the last checkpoint with --resume"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -185,12 +197,10 @@ class Trainer:
     ):
         self.config, self.settings, self.accelerator = config, config.training, accelerator
         self.folder = Path(self.settings.output_folder)
-        processes, batch_size = accelerator.num_processes, self.settings.batch_size
-        if batch_size % (processes * self.settings.gradient_accumulation_steps):
-            raise ValueError(
-                f"training.batch_size={batch_size}: expected a multiple of {processes} processes × "
-                f"{self.settings.gradient_accumulation_steps} accumulation steps"
-            )
+        shallowest = min((example.depth or 0 for example in train.examples), default=0)
+        for stage in self.settings.recursion_schedule:
+            if stage.max_depth is not None and stage.max_depth < shallowest:
+                raise ValueError(f"recursion_schedule: max_depth={stage.max_depth}, and all rows are deeper")
         native = native_dtype(accelerator.device)
         dtype = {"auto": native, "bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.precision]
         self.train, self.valid = train, valid
@@ -198,9 +208,9 @@ class Trainer:
         self.weights = MasterWeights(model, self.settings)  # before rounding to bfloat16
         self.model.to(dtype)
         self.wrapped = accelerator.prepare(self.model)
-        local = batch_size // processes
+        local = self.settings.batch_size // accelerator.num_processes
         self.rows = CarriedRows(
-            RowStream(len(train), batch_size, self.settings.seed),
+            RowStream(len(train), self.settings.batch_size, self.settings.seed),
             range(accelerator.process_index * local, (accelerator.process_index + 1) * local),
             train.num_fields + model.config.reasoner.num_tape_slots,
             model.config.reasoner.dim,
@@ -209,12 +219,12 @@ class Trainer:
         )
         self.num_updates, self.seconds, self.best_accuracy, self.num_bad = 0, 0.0, -1.0, 0
         self.window: dict[str, float] = {}
-        self.stop_requested = False
+        self.stop_requested, self.finished = False, False
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
-    def run(self) -> Path:
-        """Train to the end, or until interrupted; returns the folder of the best head."""
+    def run(self) -> Path | None:
+        """Train to the end, or until interrupted; returns the folder of the best head, `None` if interrupted."""
         settings, start = self.settings, time.monotonic() - self.seconds
         bar = tqdm(
             total=settings.num_updates,
@@ -224,29 +234,32 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
         with bar, _interrupt_sets(self):
-            while self.num_updates < settings.num_updates and not self.stop_requested:
+            while not self.finished and not self.any_process(self.stop_requested):
                 self.update()
                 self.seconds = time.monotonic() - start
                 if self.num_updates % settings.log_every == 0:
                     line = self.log()
                     bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.3f}", refresh=False)
-                if self.num_updates % settings.eval_every == 0 or self.num_updates == settings.num_updates:
+                self.finished = self.num_updates >= settings.num_updates
+                if self.num_updates % settings.eval_every == 0 or self.finished:
                     self.evaluate()
                 if self.num_updates % settings.save_every == 0:
                     self.save_checkpoint()
                 bar.update()
         self.save_checkpoint()
-        if self.stop_requested and self.num_updates < settings.num_updates:
+        if not self.finished:
             self.accelerator.print(f"stopped after update {self.num_updates}, saved; go on with --resume")
+        else:
+            self.accelerator.print(f"best head: {self.folder / 'best'} (validation accuracy {self.best_accuracy:.3f})")
         self.accelerator.end_training()
-        return self.folder / "best"
+        return self.folder / "best" if self.finished else None
 
     def update(self) -> None:
         """One refinement step for every row, one optimizer step."""
         settings, stage = self.settings, self.stage()
         torch.manual_seed(hash((settings.seed, self.num_updates, self.accelerator.process_index)) % 2**63)
         self.model.train()
-        self.rows.refill(settings.halt_exploration, stage.max_steps)
+        self.rows.refill(settings.halt_exploration, stage.max_steps, self.accepts)
         parts = settings.gradient_accumulation_steps
         size = len(self.rows.rows) // parts
         for part in range(parts):
@@ -282,7 +295,10 @@ class Trainer:
                 f"training.learning_rate={settings.learning_rate:g} and go on from the last checkpoint with --resume"
             )
         self.accelerator.backward(output.loss / parts)
-        rows.advance(part, output.state, output.halt_logits, stage.max_steps)
+        before, tolerance = rows.y[part], stage.convergence_tolerance
+        slot_mask = F.pad(fields.field_mask, (0, stage.num_tape_slots), value=True)
+        wants = has_halted(stage.halting, output.halt_logits.detach(), output.state.y, before, slot_mask, tolerance)
+        rows.advance(part, output.state, wants.cpu(), stage.max_steps)
         finished = rows.halted[part]
         means = {"loss": loss, **output.metrics}
         self._count({name: float(value) for name, value in means.items()}, 1 / parts)
@@ -296,21 +312,32 @@ class Trainer:
                 _override(numbers, stage)
         return numbers
 
+    def accepts(self, row: int) -> bool:
+        """Whether the curriculum allows a training example at this update."""
+        depth, limit = self.train.examples[row].depth, None
+        for stage in self.settings.recursion_schedule:
+            if stage.start <= self.num_updates:
+                limit = stage.max_depth
+        return limit is None or depth is None or depth <= limit
+
     # -- log, evaluation -------------------------------------------------------------------------------------------
 
     def _count(self, values: dict[str, float], weight: float = 1.0) -> None:
         for name, value in values.items():
             self.window[name] = self.window.get(name, 0.0) + weight * value
 
-    def log(self) -> dict[str, float]:
+    def log(self) -> dict[str, Any]:
         """Write means since the last log line, over all processes."""
         totals = torch.tensor([self.window[name] for name in sorted(self.window)], dtype=torch.float64)
         totals = self.accelerator.reduce(totals.to(self.accelerator.device).float(), "mean").tolist()
         window = dict(zip(sorted(self.window), totals, strict=True))
         finished, steps = window.pop("rows_finished"), window.pop("steps")
-        line = {"update": self.num_updates, **{k: v / self.settings.log_every for k, v in window.items()}}
+        line: dict[str, Any] = {
+            "update": self.num_updates,
+            **{k: v / self.settings.log_every for k, v in window.items()},
+        }
         line["rows_finished"] = finished * self.accelerator.num_processes
-        line["mean_steps"] = steps / finished if finished else float("nan")
+        line["mean_steps"] = steps / finished if finished else None
         line["learning_rate"] = learning_rate(self.settings, self.num_updates - 1)
         line["seconds"] = round(self.seconds, 2)
         self.window = {}
@@ -327,13 +354,13 @@ class Trainer:
     def evaluate(self) -> None:
         """Accuracy of the EMA weights on the validation examples; the best head is saved."""
         if self.accelerator.is_main_process:
-            stage = self.stage()
+            max_steps = self.config.reasoner.max_steps  # whatever the stage: as the saved head will be used
             with self.weights.averaged():
-                record = run_steps(self.model, self.valid, stage.max_steps)
-            halted = record.right_when_halted(stage.max_steps)
+                record = run_steps(self.model, self.valid, max_steps)
+            halted = record.right_when_halted(max_steps)
             accuracy = float(halted.float().mean())
             depths = {str(row["depth"]): round(row["accuracy"], 4) for row in by_depth(halted, self.valid.examples)}
-            steps = float(record.steps_used(stage.max_steps).float().mean())
+            steps = float(record.steps_used(max_steps).float().mean())
             self._write_log(
                 {
                     "update": self.num_updates,
@@ -348,10 +375,18 @@ class Trainer:
                 self.best_accuracy = accuracy
                 self.save_head("best")
             self.save_head("last")
-        stop = torch.tensor(float(self.num_bad > (self.settings.patience or math.inf)), device=self.accelerator.device)
-        if self.accelerator.reduce(stop, "sum") > 0:
+        if self.any_process(self._out_of_patience()):
             self.accelerator.print(f"no better in {self.settings.patience} evaluations: training ends")
-            self.settings.num_updates = self.num_updates
+            self.finished = True
+
+    def _out_of_patience(self) -> bool:
+        return self.settings.patience is not None and self.num_bad >= self.settings.patience
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is set anywhere: processes must leave the loop together."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
 
     # -- save and resume -------------------------------------------------------------------------------------------
 
@@ -359,21 +394,22 @@ class Trainer:
         """Save the EMA weights as a head that `HybridModel.from_pretrained` loads, with the run's configuration."""
         folder = self.folder / name
         with _disk_full_explained(folder):
+            (folder / "results.json").unlink(missing_ok=True)  # figures of other weights
             self.model.save_pretrained(folder, state_dict=self.weights.head_state(self.model))
             (folder / "run.yaml").write_text(yaml.safe_dump(to_plain(self.config), sort_keys=False))
-            write_card(folder, self.model.card_facts())
 
     def save_checkpoint(self) -> None:
         """Write everything a resumed run needs, whole or not at all."""
         rows = {k: self.accelerator.gather(v.to(self.accelerator.device)) for k, v in self.rows.state_dict().items()}
         window = sorted(self.window.items())
         totals = self.accelerator.reduce(
-            torch.tensor([value for _, value in window]).to(self.accelerator.device), "mean"
+            torch.tensor([value for _, value in window], dtype=torch.float64).to(self.accelerator.device), "mean"
         )
         if not self.accelerator.is_main_process:
             return
         checkpoint = {
             "config": to_plain(self.config),
+            "data": data_fingerprint(self.train.examples),
             "num_updates": self.num_updates,
             "seconds": self.seconds,
             "best_accuracy": self.best_accuracy,
@@ -387,22 +423,17 @@ class Trainer:
             torch.save(checkpoint, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
 
-    def resume(self) -> None:
-        """Go on from the checkpoint; what training depends on must be as it was.
+    def resume(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint (`read_checkpoint`).
 
         Raises:
-            ValueError: There is no checkpoint, or the configuration differs where it matters.
+            ValueError: The training data are not those of the run that was stopped.
         """
-        path = self.folder / CHECKPOINT
-        if not path.exists():
-            raise ValueError(f"--resume: no {path}; start without --resume, or give the right training.output_folder")
-        checkpoint = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        if changed := _changed(checkpoint["config"], to_plain(self.config)):
-            raise ValueError(
-                f"--resume: {changed} differ from the run that was stopped; use the same, or a new folder"
-            )
+        if checkpoint.get("data") not in (None, data_fingerprint(self.train.examples)):
+            raise ValueError("--resume: the training data have changed since the run was stopped; use a new folder")
         for name in ("num_updates", "seconds", "best_accuracy", "num_bad", "window"):
             setattr(self, name, checkpoint[name])
+        self.finished = self.num_updates >= self.settings.num_updates or self._out_of_patience()
         self.weights.load_state_dict(checkpoint["weights"])
         local = slice(self.rows.rows.start, self.rows.rows.stop)
         for name, value in checkpoint["rows"].items():
@@ -437,12 +468,20 @@ def _override(numbers: ReasonerConfig, stage: RecursionStage) -> None:
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that differ and would change the course of training."""
     free = {"output_folder", "eval_every", "save_every", "patience", "trackers", "gradient_accumulation_steps"}
+    free |= {"learning_rate", "folder", "token_budget"}
     return [
         f"{section}.{key}"
-        for section in ("backbone", "adapter", "reasoner", "data", "training")
+        for section in ("backbone", "adapter", "reasoner", "data", "features", "training")
         for key in now[section]
-        if key not in free and before[section].get(key) != now[section][key]
+        if key not in free and _without_nulls(before[section].get(key)) != _without_nulls(now[section][key])
     ]
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without null entries: a key that a newer version adds, and leaves unset, is no difference."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 @contextmanager
@@ -464,10 +503,11 @@ def _interrupt_sets(trainer: Trainer) -> Generator[None]:
 
 @contextmanager
 def _disk_full_explained(path: Path) -> Generator[None]:
+    signs = ("No space left", "File too large", "inline_container", "PytorchStreamWriter")
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error) for sign in signs):
             raise OSError(
                 errno.ENOSPC,
                 f"the disk is full while writing {path}; what was saved before is whole: free space, then --resume",
@@ -492,18 +532,44 @@ def prepare(
         reasoner=config.reasoner,
         known_options=known_options(examples["train"]),
         choices=common_choices(examples["train"]),
+        license=config.data.license,
     )
     with accelerator.main_process_first():  # the others find the cache filled
         progress = accelerator.is_main_process
         embedded = embed_examples(config.features, model.backbone, examples, progress)
-    sample = np.random.default_rng(config.training.seed).permutation(len(embedded["train"]))[:NUM_STATISTICS_ROWS]
-    hidden_states, mask, _, _ = embedded["train"].batch(model, sample.tolist())
-    model.adapter.fit_statistics(hidden_states, mask)
+    model.adapter.fit_statistics(_sample_states(model, embedded["train"], config.training.seed))
     return model, embedded["train"], embedded["valid"]
 
 
-def train(config: RunConfig, resume: bool = False, backbone: Backbone | None = None) -> Path:
-    """Train a head; returns the folder of the best one.
+def _sample_states(model: HybridModel, train: EmbeddedExamples, seed: int) -> Tensor:
+    """Hidden states of random training rows (tokens, layers, backbone_dim), about `NUM_STATISTICS_TOKENS` of them."""
+    states, num_tokens = [], 0
+    for row in np.random.default_rng(seed).permutation(len(train)).tolist():
+        hidden_states, mask, _, _ = train.batch(model, [row])
+        states.append(hidden_states[mask])
+        num_tokens += len(states[-1])
+        if num_tokens >= NUM_STATISTICS_TOKENS:
+            break
+    return torch.cat(states)
+
+
+def read_checkpoint(config: RunConfig) -> dict[str, Any]:
+    """The checkpoint of a run that goes on with the same settings.
+
+    Raises:
+        ValueError: There is no checkpoint, or the configuration differs where it matters.
+    """
+    path = Path(config.training.output_folder) / CHECKPOINT
+    if not path.exists():
+        raise ValueError(f"--resume: no {path}; start without --resume, or give the right training.output_folder")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if changed := _changed(checkpoint["config"], to_plain(config)):
+        raise ValueError(f"--resume: {changed} differ from the run that was stopped; use the same, or a new folder")
+    return checkpoint
+
+
+def train(config: RunConfig, resume: bool = False, backbone: Backbone | None = None) -> Path | None:
+    """Train a head; returns the folder of the best one, or `None` if the run was interrupted (and saved).
 
     Args:
         config: The run.
@@ -517,13 +583,22 @@ def train(config: RunConfig, resume: bool = False, backbone: Backbone | None = N
     folder = Path(config.training.output_folder)
     if not resume and (folder / CHECKPOINT).exists():
         raise ValueError(f"{folder} holds a run already: go on with --resume, or give another training.output_folder")
+    checkpoint = read_checkpoint(config) if resume else None
     trackers: Any = config.training.trackers or None
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # training.precision decides, with master weights of our own
+        gradient_accumulation_steps=1,  # the loop accumulates by itself
         log_with=trackers,
         project_dir=str(folder),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # others wait while one embeds
     )
+    parts = accelerator.num_processes * config.training.gradient_accumulation_steps
+    if config.training.batch_size % parts:
+        raise ValueError(
+            f"training.batch_size={config.training.batch_size}: expected a multiple of {parts}, which is "
+            "processes × training.gradient_accumulation_steps"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     model, train_examples, valid_examples = prepare(config, accelerator, backbone)
     if accelerator.is_main_process:
@@ -532,6 +607,6 @@ def train(config: RunConfig, resume: bool = False, backbone: Backbone | None = N
     if trackers:
         accelerator.init_trackers("hybrid", config={"run": json.dumps(to_plain(config))})
     trainer = Trainer(config, model, train_examples, valid_examples, accelerator)
-    if resume:
-        trainer.resume()
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
     return trainer.run()

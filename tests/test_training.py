@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -111,13 +112,15 @@ def test_two_processes_equal_one(folder, backbone_folder):
         assert process.returncode == 0, errors
     one, two = curve(folder / "one"), curve(folder / "two")
     assert [line["update"] for line in one] == [line["update"] for line in two]
-    assert one[-2]["loss"] == pytest.approx(two[-2]["loss"], rel=1e-3)
+    for line, other in zip(one, two, strict=True):
+        for key in {"loss", "gradient_norm", "rows_finished", "mean_steps", "valid_accuracy"} & line.keys():
+            assert line[key] == pytest.approx(other[key], rel=1e-3)
     for name, weight in weights(folder / "one" / "last").items():
         torch.testing.assert_close(weight, weights(folder / "two" / "last")[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_interrupted_runs_resume(folder, backbone_folder, how):
+def test_killed_and_interrupted_runs_resume(folder, backbone, backbone_folder, how):
     config = tiny_run(folder, num_updates=400, eval_every=400, save_every=4)
     process = run_cli(folder, config, backbone_folder)
     checkpoint = folder / "run" / CHECKPOINT
@@ -137,7 +140,11 @@ def test_killed_and_interrupted_runs_resume(folder, backbone_folder, how):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert f"resumed after update {reached}" in output
-    assert [line["update"] for line in curve(folder / "run") if "loss" in line] == list(range(2, 401, 2))
+    losses = {line["update"]: line["loss"] for line in curve(folder / "run") if "loss" in line}
+    whole = tiny_run(folder, num_updates=400, eval_every=400, output_folder=str(folder / "whole"))
+    train(whole, backbone=backbone)
+    expected = {line["update"]: line["loss"] for line in curve(folder / "whole") if "loss" in line}
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 def test_existing_run_is_not_overwritten_and_changes_are_named(folder, backbone):
@@ -145,9 +152,12 @@ def test_existing_run_is_not_overwritten_and_changes_are_named(folder, backbone)
     train(config, backbone=backbone)
     with pytest.raises(ValueError, match="holds a run already"):
         train(config, backbone=backbone)
-    changed = tiny_run(folder, num_updates=4, learning_rate=0.5)
-    with pytest.raises(ValueError, match=r"\['training.learning_rate'\] differ"):
+    changed = tiny_run(folder, num_updates=4, weight_decay=0.5)
+    with pytest.raises(ValueError, match=r"\['training.weight_decay'\] differ"):
         train(changed, resume=True, backbone=backbone)
+    write_data(folder, number=60)
+    with pytest.raises(ValueError, match="training data have changed"):
+        train(config, resume=True, backbone=backbone)
     shutil.rmtree(folder / "run")
     with pytest.raises(ValueError, match="--resume: no "):
         train(config, resume=True, backbone=backbone)
@@ -156,27 +166,37 @@ def test_existing_run_is_not_overwritten_and_changes_are_named(folder, backbone)
 def test_loss_that_is_not_finite_names_update_and_fix(folder, backbone):
     config = tiny_run(folder, learning_rate=1e-3)
     trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    trainer.update()
+    before = [master.clone() for master in trainer.weights.masters]
+    trainer.weights.parameters[0].grad = torch.full_like(trainer.weights.parameters[0], float("inf"))
+    with pytest.raises(FloatingPointError, match="the gradient is not finite"):
+        trainer.weights.update(1e-3, 1)
+    assert all(torch.equal(one, other) for one, other in zip(before, trainer.weights.masters, strict=True))
+    trainer.num_updates = 0
     with torch.no_grad():
         trainer.model.decoder.score_scale.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="the loss is nan at update 0 .* lower training.learning_rate=0.001"):
         trainer.update()
 
 
-def test_full_disk_is_explained_and_the_checkpoint_stays_whole(folder, backbone, monkeypatch):
+def test_full_disk_is_explained_and_the_checkpoint_stays_whole(folder, backbone):
     config = tiny_run(folder)
     (folder / "run").mkdir()
     trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
     trainer.update()
     trainer.save_checkpoint()
     whole = (folder / "run" / CHECKPOINT).read_bytes()
-
-    def fail(*args):
-        Path(args[1]).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="the disk is full while writing .*checkpoint.pt"):
-        trainer.save_checkpoint()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # no file may grow beyond 20 kB: writing fails as it does on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+        with pytest.raises(OSError, match="the disk is full while writing .*checkpoint.pt"):
+            trainer.save_checkpoint()
+        with pytest.raises(OSError, match="the disk is full while writing .*best"):
+            trainer.save_head("best")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
     assert (folder / "run" / CHECKPOINT).read_bytes() == whole
 
 
@@ -191,6 +211,49 @@ def test_finished_rows_are_replaced_and_others_keep_their_state(folder, backbone
     assert (trainer.rows.draws - drawn).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
     assert trainer.rows.steps.tolist() == [2, 2, 2, 1, 2, 2, 2, 2]
     assert not torch.equal(before, trainer.rows.y)
+
+
+def test_curriculum_draws_only_what_is_shallow_enough(folder, backbone):
+    config = tiny_run(folder, recursion_schedule=[RecursionStage(max_depth=1), RecursionStage(start=3)])
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    drawn = []
+    for _ in range(12):
+        trainer.rows.halted[:] = True
+        trainer.update()
+        drawn.append({trainer.train.examples[row].depth for row in trainer.rows.examples(slice(None))})
+    assert drawn[:3] == [{1}] * 3 and {1, 2} in drawn[3:]
+    config.training.recursion_schedule = [RecursionStage(max_depth=0)]
+    with pytest.raises(ValueError, match="max_depth=0, and all rows are deeper"):
+        Trainer(config, trainer.model, trainer.train, trainer.valid, Accelerator(cpu=True))
+
+
+def test_patience_ends_a_run_that_gets_no_better(folder, backbone):
+    config = tiny_run(folder, num_updates=40, eval_every=2, patience=2, learning_rate=1e-9)
+    assert train(config, backbone=backbone) == folder / "run" / "best"
+    evaluations = [line for line in curve(folder / "run") if "valid_accuracy" in line]
+    assert [line["update"] for line in evaluations] == [2, 4, 6]  # the first is the best, then two that are not better
+    assert train(config, resume=True, backbone=backbone) == folder / "run" / "best"  # over is over
+    assert len([line for line in curve(folder / "run") if "valid_accuracy" in line]) == 3
+
+
+@pytest.mark.parametrize("halting", ["learned", "never", "convergence"])
+def test_rows_halt_as_configured(folder, backbone, halting):
+    config = tiny_run(folder, halt_exploration=0.0)
+    config.reasoner.halting, config.reasoner.convergence_tolerance = halting, 1e9  # everything has converged
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    with torch.no_grad():
+        trainer.model.decoder.halt_head.bias.fill_(5.0)  # every row believes to be right
+    trainer.update()
+    assert trainer.rows.halted.all() == (halting != "never")
+
+
+def test_new_weights_do_not_keep_the_figures_of_old_ones(folder, backbone):
+    config = tiny_run(folder, num_updates=2)
+    best = train(config, backbone=backbone)
+    (best / "results.json").write_text("{}")
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    trainer.save_head("best")
+    assert not (best / "results.json").exists()
 
 
 def test_row_stream_covers_each_epoch_once_whatever_the_batch():
