@@ -221,8 +221,9 @@ class Backbone:
             token_ids = [*self._prefix, *repeated, *ids, *self._suffix]
             if self.max_tokens is not None and len(token_ids) > self.max_tokens:
                 raise ValueError(
-                    f"text {row} has {len(token_ids)} tokens with template {self.template!r}, and {self.name} reads "
-                    f"{self.max_tokens}: shorten it, use template 'plain', or a backbone with a longer window"
+                    f"the text {joined[row][:40]!r}… has {len(token_ids)} tokens with template {self.template!r}, "
+                    f"and {self.name} reads {self.max_tokens}: shorten it, use template 'plain', or a backbone with "
+                    "a longer window"
                 )
             prompts.append(Prompt(token_ids, start, start + len(ids)))
         return prompts

@@ -31,8 +31,7 @@ def zero_shot(backbone: Backbone, examples: Sequence[Example], progress: bool = 
     Raises:
         ValueError: The backbone is no causal language model.
     """
-    if not hasattr(backbone.model, "lm_head"):
-        raise ValueError(f"{backbone.name} has no language-model head: zero-shot answers need a causal model")
+    check_zero_shot(backbone)
     start = time.perf_counter()
     right, normalized = [], []
     for example in tqdm(examples, unit="question", desc="zero-shot", disable=not progress, leave=False):
@@ -50,6 +49,12 @@ def zero_shot(backbone: Backbone, examples: Sequence[Example], progress: bool = 
         "accuracy_normalized": sum(normalized) / len(normalized),
         "milliseconds_per_question": 1000 * (time.perf_counter() - start) / len(examples),
     }
+
+
+def check_zero_shot(backbone: Backbone) -> None:
+    """Refuse a backbone that cannot answer by itself, before anything is computed."""
+    if backbone.model.get_output_embeddings() is None:
+        raise ValueError(f"{backbone.name} has no language-model head: zero-shot answers need a causal model")
 
 
 def _zero_shot_prompt(example: Example, field: Field) -> str:

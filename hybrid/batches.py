@@ -83,12 +83,12 @@ def known_options(examples: Sequence[Example], at_most: int = 1000) -> list[str]
 
 
 def common_choices(examples: Sequence[Example]) -> list[str] | None:
-    """The options, when every example asks one field with the same ones."""
+    """The options, when every example asks the one field `answer` with the same ones."""
     asked = {example.fields for example in examples}
     if len(asked) != 1:
         return None
     (fields,) = asked
-    return list(fields[0].options) if len(fields) == 1 else None
+    return list(fields[0].options) if [field.name for field in fields] == ["answer"] else None
 
 
 def embed_examples(

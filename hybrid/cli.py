@@ -93,8 +93,7 @@ def command_train(arguments: Sequence[str]) -> None:
     config, parsed = run_config(arguments, "train")
     from hybrid.training import train
 
-    folder = train(config, resume=bool(parsed.resume))
-    print(f"best head: {folder}")
+    train(config, resume=bool(parsed.resume))
 
 
 def command_embed(arguments: Sequence[str]) -> None:
@@ -131,65 +130,91 @@ def command_probe(arguments: Sequence[str]) -> None:
 def command_eval(arguments: Sequence[str]) -> None:
     """Evaluate a head."""
     parser = _parser("hybrid eval HEAD: accuracy by depth and by refinement steps")
-    parser.add_argument("head", type=str, help="folder or Hub id of a head")
+    parser.add_argument("head", type=str, help="folder of a head")
     parser.add_argument(
         "--data", type=str | None, default=None, help="data file; by default the source it was trained on"
     )
-    parser.add_argument("--split", type=str | None, default=None, help="split; by default the run's test split")
+    parser.add_argument(
+        "--split", type=str | None, default=None, help="test (the default), valid, train, or the name of a split"
+    )
     parser.add_argument("--steps", type=str, default="1,2,4,8,16", help="refinement steps of the curve")
     parser.add_argument("--max_examples", type=int | None, default=None, help="evaluate this many, spread over depths")
     parser.add_argument("--baselines", type=str, default="", help="any of zero_shot,linear_probe, to stand beside")
     parser.add_argument("--output", type=str | None, default=None, help="result file; by default HEAD/results.json")
     parsed = _parse(parser, arguments)
-    steps = [int(step) for step in parsed.steps.split(",")]
+    steps = _step_numbers(parsed.steps)
     baselines = [name for name in parsed.baselines.split(",") if name]
     if unknown := sorted(set(baselines) - {"zero_shot", "linear_probe"}):
         raise ValueError(f"--baselines: no {unknown}; there are zero_shot, linear_probe")
+    import shlex
     from pathlib import Path
 
-    from hybrid.baselines import linear_probe, zero_shot
+    from hybrid.baselines import check_zero_shot, linear_probe, zero_shot
     from hybrid.batches import embed_examples
     from hybrid.data import load_examples
-    from hybrid.evaluation import accuracy_lines, evaluate_head, plot_steps, provenance, write_results
-    from hybrid.hub import write_card
+    from hybrid.evaluation import accuracy_lines, evaluate_head, harness_fields, plot_steps, provenance, write_results
     from hybrid.model import HybridModel
 
     folder = Path(parsed.head)
-    config = _config_of_head(folder, parsed)
-    roles = ("test", "train") if "linear_probe" in baselines else ("test",)
-    examples = {role: load_examples(config.data, role) for role in roles}
-    model = HybridModel.from_pretrained(folder)
-    embedded = embed_examples(config.features, model.backbone, examples)
-    results = {
-        "split": config.data.test_split,
-        "data": config.data.path or config.data.hub_id or config.data.reasoning_gym,
-        **evaluate_head(model, embedded["test"], steps),
-        "baselines": [],
-        **provenance("hybrid eval " + " ".join(arguments), config.training.seed),
-    }
-    if "zero_shot" in baselines:
-        results["baselines"].append(zero_shot(model.backbone, examples["test"]))
-    if "linear_probe" in baselines:
-        results["baselines"].append(linear_probe(model, embedded["train"], embedded["test"]))
+    config, role = _config_of_head(folder, parsed)
     path = Path(parsed.output) if parsed.output else folder / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    roles = {role, "train"} if "linear_probe" in baselines else {role}
+    examples = {name: load_examples(config.data, name) for name in roles}
+    model = HybridModel.from_pretrained(folder)
+    if "zero_shot" in baselines:
+        check_zero_shot(model.backbone)
+    embedded = embed_examples(config.features, model.backbone, examples)
+    source, seed = str(config.data.path or config.data.hub_id or config.data.reasoning_gym), config.training.seed
+    figures = evaluate_head(model, embedded[role], steps)
+    results = {
+        "split": getattr(config.data, f"{role}_split"),
+        "data": source,
+        **figures,
+        "baselines": [],
+        **harness_fields(Path(source).stem, figures, str(folder), seed),
+        **provenance(shlex.join(["hybrid", "eval", *arguments]), seed),
+    }
+    write_results(path, results)  # before the baselines: what is computed is kept
+    if "zero_shot" in baselines:
+        results["baselines"].append(zero_shot(model.backbone, examples[role]))
+    if "linear_probe" in baselines:
+        results["baselines"].append(linear_probe(model, embedded["train"], embedded[role]))
     write_results(path, results)
     plot_steps(results, path.with_suffix(".png"))
     if path.parent == folder:
-        write_card(folder, model.card_facts())
+        model.write_card(folder)
     print(accuracy_lines(results))
     print(f"mean steps {results['mean_steps_used']:.2f}; written: {path}, {path.with_suffix('.png')}")
 
 
-def _config_of_head(folder: Path, parsed: Any) -> RunConfig:
-    """The run that made a head, read for evaluation: `--data`, `--split` and `--max_examples` take precedence."""
+def _step_numbers(text: str) -> list[int]:
+    try:
+        steps = [int(step) for step in text.split(",")]
+    except ValueError:
+        steps = []
+    if not steps or min(steps) < 1:
+        raise ValueError(f"--steps {text!r}: expected numbers > 0, separated by commas")
+    return steps
+
+
+def _config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
+    """The run that made a head, read for evaluation, and the role of the split to evaluate.
+
+    `--split` takes a role (`valid` is the run's own validation split, which may be a slice) or the name of a split.
+    """
     path = folder / "run.yaml"
     if not path.exists():
         raise ValueError(f"{folder} has no run.yaml, which says what data it was trained on")
     config, _ = run_config([str(path)], "eval")
     config.data.path = parsed.data or config.data.path
-    config.data.test_split = parsed.split or config.data.test_split
-    config.data.max_eval_examples = parsed.max_examples or config.data.max_eval_examples
-    return config
+    role = parsed.split if parsed.split in ("train", "valid", "test") else "test"
+    config.data.test_split = config.data.test_split if parsed.split in (None, role) else parsed.split
+    if parsed.max_examples:
+        config.data.max_eval_examples = parsed.max_examples
+        if role == "train":
+            config.data.max_train_examples = parsed.max_examples
+    return config, role
 
 
 def command_ask(arguments: Sequence[str]) -> None:

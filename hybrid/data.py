@@ -254,7 +254,10 @@ def _pick(field: Field, value: Any) -> str:
     if text in field.options:
         return text
     if isinstance(value, bool) and len(field.options) == 2:
-        return field.options[value]
+        affirmative = [option for option in field.options if option.lower() in ("true", "yes")]
+        if affirmative:
+            return next(option for option in field.options if (option in affirmative) == value)
+        return field.options[value]  # false, true
     letters = string.ascii_uppercase[: len(field.options)]
     if len(text) == 1 and text in letters and all(len(option) > 1 for option in field.options):
         return field.options[letters.index(text)]

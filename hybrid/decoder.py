@@ -95,14 +95,15 @@ class FieldDecoder(nn.Module):
         self.text_projection = nn.Linear(backbone_dim, dim, bias=False)
         self.field_vector = nn.Parameter(torch.randn(dim))
         self.tape_vectors = nn.Parameter(torch.randn(num_tape_slots, dim))
-        self.known_residual = nn.Parameter(torch.randn(num_known, dim))  # apart from the first update on
+        # Drawn apart from the first update on; none at all for open sets of options.
+        self.known_residual = nn.Parameter(torch.randn(num_known, dim)) if num_known else None
         self.score_scale = nn.Parameter(torch.ones(()))
         self.halt_head = nn.Linear(dim, 1)
 
     def text_latents(self, fields: FieldBatch) -> Float[Tensor, "texts dim"]:
         """Vector of each text of the batch, in the reasoner's space."""
         latents = rms_norm(self.text_projection(rms_norm(fields.text_vectors)))
-        if len(self.known_residual) == 0:
+        if self.known_residual is None:
             return latents
         residual = self.known_residual[fields.known_index.clamp(min=0)]
         return latents + residual * (fields.known_index >= 0).unsqueeze(-1)

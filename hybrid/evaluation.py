@@ -40,7 +40,7 @@ def wilson_interval(num_right: int, n: int) -> tuple[float, float]:
 
 
 def accuracy_row(right: Tensor) -> dict[str, Any]:
-    """Accuracy, standard error, interval and n of a boolean vector, under lm-evaluation-harness' names."""
+    """Accuracy, standard error, 95% interval and n of a boolean vector."""
     n, num_right = len(right), int(right.sum())
     p = num_right / max(n, 1)
     return {
@@ -69,17 +69,19 @@ class StepRecord:
         right: Whether the whole answer is right, (steps, examples).
         fields_right: Share of an example's fields that are right, (steps, examples).
         halt_logits: The q head, (steps, examples).
+        wants_halt: Whether the example would halt there by the head's own halting, (steps, examples).
         seconds: Time of the refinement, embedding not included.
     """
 
     right: Tensor
     fields_right: Tensor
     halt_logits: Tensor
+    wants_halt: Tensor
     seconds: float
 
     def steps_used(self, max_steps: int) -> Tensor:
-        """Steps that each example takes when it halts as learned, (examples,)."""
-        wants = self.halt_logits[:max_steps] > 0
+        """Steps that each example takes with the head's own halting, (examples,)."""
+        wants = self.wants_halt[:max_steps]
         return torch.where(wants.any(0), wants.int().argmax(0) + 1, max_steps)
 
     def right_when_halted(self, max_steps: int) -> Tensor:
@@ -93,23 +95,25 @@ def run_steps(
     """Run a head on examples for `max_steps` steps without halting."""
     model.eval()
     n = len(examples)
-    record = StepRecord(
-        torch.zeros(max_steps, n, dtype=torch.bool), torch.zeros(max_steps, n), torch.zeros(max_steps, n), 0.0
-    )
+    shape = (max_steps, n)
+    no = torch.zeros(shape, dtype=torch.bool)
+    record = StepRecord(no, torch.zeros(shape), torch.zeros(shape), no.clone(), 0.0)
     with tqdm(total=n, unit="question", desc="evaluate", disable=not progress, leave=False) as bar:
         for rows in examples.batches(token_budget):
             hidden_states, mask, fields, labels = examples.batch(model, rows)
             start = time.perf_counter()
             refined = refine(model, hidden_states, mask, fields, max_steps=max_steps, halting="never", by_step=True)
             record.seconds += time.perf_counter() - start
-            assert refined.scores_by_step is not None and refined.halt_logits_by_step is not None
+            assert refined.scores_by_step is not None
             labels = labels.cpu()
             exists = labels >= 0
             for step, scores in enumerate(refined.scores_by_step):
                 record.right[step, rows] = all_fields_right(scores, labels)
                 hits = ((scores.argmax(-1) == labels) & exists).sum(1) / exists.sum(1)
                 record.fields_right[step, rows] = hits
+            assert refined.halt_logits_by_step is not None and refined.wants_halt_by_step is not None
             record.halt_logits[:, rows] = refined.halt_logits_by_step
+            record.wants_halt[:, rows] = refined.wants_halt_by_step
             bar.update(len(rows))
     return record
 
@@ -209,7 +213,7 @@ def provenance(command: str, seed: int) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git_hash": _git_hash(),
         "hybrid_version": __version__,
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        "package_versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "num_threads": torch.get_num_threads(),
@@ -218,7 +222,8 @@ def provenance(command: str, seed: int) -> dict[str, Any]:
 
 def _git_hash() -> str | None:
     try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5)
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip()
@@ -226,6 +231,26 @@ def _git_hash() -> str | None:
 
 def _cpu_name() -> str:
     return f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads"
+
+
+def harness_fields(name: str, figures: dict[str, Any], model_arguments: str, seed: int) -> dict[str, Any]:
+    """The same figures under the field names of lm-evaluation-harness, so that its readers find them.
+
+    Args:
+        name: Name of the data set, as a task.
+        figures: From `evaluate_head`.
+        model_arguments: What identifies the head.
+        seed: Seed of the run.
+    """
+    total = figures["accuracy_by_depth"][-1]
+    return {
+        "results": {name: {"alias": name, "acc,none": total["accuracy"], "acc_stderr,none": total["stderr"]}},
+        "n-samples": {name: {"original": total["n"], "effective": total["n"]}},
+        "higher_is_better": {name: {"acc": True}},
+        "config": {"model": "hybrid", "model_args": model_arguments, "torch_seed": seed},
+        "transformers_version": version("transformers"),
+        "model_source": "hybrid",
+    }
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

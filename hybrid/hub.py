@@ -11,8 +11,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 CARD = """---
 library_name: hybrid-reasoner
 base_model: {base_model}
-license: {license}
-tags: [recursive-reasoning, frozen-backbone]
+{license_line}tags: [recursive-reasoning, frozen-backbone]
 ---
 
 # {name}
@@ -59,17 +58,18 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_card(folder: Path, facts: dict[str, Any], license: str = "apache-2.0") -> None:
+def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None:
     """Write `README.md`; accuracy comes from `results.json` in the same folder, never from hand.
 
     Args:
         folder: The saved head.
         facts: Values for the card's placeholders, from `HybridModel.card_facts`.
-        license: Licence of the head, as data sets may restrict it.
+        license: Licence identifier of the head, left out if unknown: the training data may restrict it.
     """
     path = folder / "results.json"
     results = results_table(json.loads(path.read_text())) if path.exists() else "Not evaluated yet."
-    (folder / "README.md").write_text(CARD.format(name=folder.name, license=license, results=results, **facts))
+    line = f"license: {license}\n" if license else ""
+    (folder / "README.md").write_text(CARD.format(name=folder.name, license_line=line, results=results, **facts))
 
 
 def upload_folder(folder: Path, repo_id: str, private: bool = False) -> str:

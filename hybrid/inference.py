@@ -15,6 +15,8 @@ from hybrid.model import HybridModel
 from hybrid.reasoner import has_halted
 
 ROLLOUT_NOISE = 1.0  # standard deviation on z, whose own components have unit variance
+FINAL = ("scores", "halt_logits", "steps")
+BY_STEP = ("scores_by_step", "halt_logits_by_step", "wants_halt_by_step")
 TOKEN_BUDGET = 8192  # tokens of one inference batch, padding included
 
 
@@ -28,6 +30,7 @@ class Refined:
         steps: Refinement steps that each row used, (batch,).
         scores_by_step: (steps, batch, fields, options), a halted row keeps its last scores; `None` unless asked for.
         halt_logits_by_step: (steps, batch), likewise.
+        wants_halt_by_step: (steps, batch), whether the row would halt there by the head's own halting.
     """
 
     scores: Tensor
@@ -35,6 +38,7 @@ class Refined:
     steps: Tensor
     scores_by_step: Tensor | None = None
     halt_logits_by_step: Tensor | None = None
+    wants_halt_by_step: Tensor | None = None
 
 
 @dataclass
@@ -80,9 +84,11 @@ def refine(
         noise: Standard deviation of noise on the initial scratch latent.
         by_step: Keep scores of every step.
     """
-    max_steps = max_steps or model.config.reasoner.max_steps
-    halting = halting or model.config.reasoner.halting
-    tolerance = model.config.reasoner.convergence_tolerance
+    reasoner = model.config.reasoner
+    max_steps = reasoner.max_steps if max_steps is None else max_steps
+    if max_steps < 1:
+        raise ValueError(f"max_steps={max_steps}: expected a number > 0")
+    halting = halting or reasoner.halting
     encoded = model.encode(hidden_states, memory_mask, fields)
     state = model.reasoner.initial_state(encoded.slots, noise)
     result = _empty_result(fields, max_steps, by_step)
@@ -91,8 +97,9 @@ def refine(
         previous_y = state.y
         state, y = model.reasoner.refinement_step(encoded.slots, encoded.memory, state)
         scores, halt_logits = model.decoder(y, fields)
-        _record(result, step, active, scores.cpu(), halt_logits.cpu())
-        halted = has_halted(halting, halt_logits, y, previous_y, encoded.slot_mask, tolerance)
+        signs = halt_logits, y, previous_y, encoded.slot_mask, reasoner.convergence_tolerance
+        _record(result, step, active, scores.cpu(), halt_logits.cpu(), has_halted(reasoner.halting, *signs).cpu())
+        halted = has_halted(halting, *signs)
         if step == max_steps or not halted.any():
             continue
         rows = (~halted).nonzero().squeeze(1)
@@ -104,32 +111,27 @@ def refine(
         )
         if len(active) == 0:
             break
-    if by_step:
-        assert result.scores_by_step is not None and result.halt_logits_by_step is not None
-        last = int(result.steps.max())
-        result.scores_by_step, result.halt_logits_by_step = (
-            result.scores_by_step[:last],
-            result.halt_logits_by_step[:last],
-        )
+    last = int(result.steps.max())
+    for name in BY_STEP if by_step else ():
+        setattr(result, name, getattr(result, name)[:last])
     return result
 
 
 def _empty_result(fields: FieldBatch, max_steps: int, by_step: bool) -> Refined:
     shape = tuple(fields.option_index.shape)
-    return Refined(
-        scores=torch.empty(shape),
-        halt_logits=torch.empty(shape[0]),
-        steps=torch.zeros(shape[0], dtype=torch.long),
-        scores_by_step=torch.empty(max_steps, *shape) if by_step else None,
-        halt_logits_by_step=torch.empty(max_steps, shape[0]) if by_step else None,
-    )
+    result = Refined(torch.empty(shape), torch.empty(shape[0]), torch.zeros(shape[0], dtype=torch.long))
+    if by_step:
+        result.scores_by_step = torch.empty(max_steps, *shape)
+        result.halt_logits_by_step = torch.empty(max_steps, shape[0])
+        result.wants_halt_by_step = torch.zeros(max_steps, shape[0], dtype=torch.bool)
+    return result
 
 
-def _record(result: Refined, step: int, active: Tensor, scores: Tensor, halt_logits: Tensor) -> None:
+def _record(result: Refined, step: int, active: Tensor, scores: Tensor, halt_logits: Tensor, wants: Tensor) -> None:
     result.scores[active], result.halt_logits[active], result.steps[active] = scores, halt_logits, step
-    if result.scores_by_step is not None and result.halt_logits_by_step is not None:
-        result.scores_by_step[step - 1 :, active] = scores
-        result.halt_logits_by_step[step - 1 :, active] = halt_logits
+    for name, value in zip(BY_STEP, (scores, halt_logits, wants), strict=True):
+        if (by_step := getattr(result, name)) is not None:
+            by_step[step - 1 :, active] = value  # a halted row keeps its last values
 
 
 def refine_rollouts(
@@ -172,23 +174,20 @@ def refine_rollouts(
         best = (agreement + halt_logits.sigmoid() / 2).argmax(0)  # ties go to the higher q
     else:
         best = halt_logits.argmax(0)
+    return _pick_rows(runs, best)
+
+
+def _pick_rows(runs: Sequence[Refined], best: Tensor) -> Refined:
+    """For each row, what the run number `best[row]` says of it."""
     rows = torch.arange(len(best))
-
-    def gather(name: str, dim: int) -> Tensor | None:
-        values = [getattr(run, name) for run in runs]
-        if values[0] is None:
-            return None
-        if dim:  # by step: runs end at different steps, the last one is repeated
-            longest = max(len(value) for value in values)
-            values = [
-                torch.cat([value, value[-1:].expand(longest - len(value), *value.shape[1:])]) for value in values
-            ]
-            return torch.stack(values)[best, :, rows].transpose(0, 1)
-        return torch.stack(values)[best, rows]
-
-    scores, logits, steps = gather("scores", 0), gather("halt_logits", 0), gather("steps", 0)
-    assert scores is not None and logits is not None and steps is not None
-    return Refined(scores, logits, steps, gather("scores_by_step", 1), gather("halt_logits_by_step", 1))
+    picked = {name: torch.stack([getattr(run, name) for run in runs])[best, rows] for name in FINAL}
+    if runs[0].scores_by_step is not None:
+        longest = max(len(run.scores_by_step) for run in runs if run.scores_by_step is not None)
+        for name in BY_STEP:  # runs end at different steps: the last one is repeated
+            values = [getattr(run, name) for run in runs]
+            values = [torch.cat([v, v[-1:].expand(longest - len(v), *v.shape[1:])]) for v in values]
+            picked[name] = torch.stack(values)[best, :, rows].transpose(0, 1)
+    return Refined(**picked)
 
 
 # -- questions in, answers out -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,6 +129,7 @@ class HybridModel(PreTrainedModel):
         reasoner: ReasonerConfig | None = None,
         known_options: Sequence[str] = (),
         choices: Sequence[str] | None = None,
+        license: str | None = None,
     ) -> HybridModel:
         """A new, untrained head for a backbone.
 
@@ -138,6 +140,7 @@ class HybridModel(PreTrainedModel):
             reasoner: Numbers of the reasoner.
             known_options: Options that get a learned residual.
             choices: Options of a question asked without any.
+            license: Licence of the head, for its card.
         """
         config = HybridConfig(
             backbone=replace(backbone_config, layers=backbone.layers, template=backbone.template),
@@ -146,6 +149,7 @@ class HybridModel(PreTrainedModel):
             backbone_dim=backbone.dim,
             known_options=list(known_options),
             choices=list(choices) if choices is not None else None,
+            license=license,
             hybrid_version=__version__,
         )
         return cls(config).attach_backbone(backbone)
@@ -174,6 +178,9 @@ class HybridModel(PreTrainedModel):
                 f"({self.config.backbone.name_or_path}), and {backbone.name} has {backbone.dim}: "
                 "attach the backbone it was trained on"
             )
+        recorded = self.config.backbone.name_or_path
+        if not backbone.name.startswith(recorded):
+            warnings.warn(f"this head was trained on {recorded}, and gets {backbone.name}", stacklevel=2)
         self._backbone = backbone.with_settings(layers, template)
         self._texts = _TextTable()
         return self
@@ -235,7 +242,11 @@ class HybridModel(PreTrainedModel):
         """Write `config.json`, `model.safetensors` (trained tensors only) and the model card."""
         with quiet_transformers():
             super().save_pretrained(folder, **kwargs)
-        write_card(Path(folder), self.card_facts())
+        self.write_card(Path(folder))
+
+    def write_card(self, folder: Path) -> None:
+        """Write the model card, with the figures of the folder's `results.json` if there is one."""
+        write_card(folder, self.card_facts(), self.config.license)
 
     def card_facts(self) -> dict[str, Any]:
         """What the model card says of this head."""

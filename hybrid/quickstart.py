@@ -11,8 +11,7 @@ from hybrid.baselines import zero_shot
 from hybrid.batches import embed_examples
 from hybrid.config import BackboneConfig, DataConfig, ReasonerConfig, RecursionStage, RunConfig, TrainingConfig
 from hybrid.data import Example, load_examples
-from hybrid.evaluation import accuracy_lines, evaluate_head, plot_steps, provenance, write_results
-from hybrid.hub import write_card
+from hybrid.evaluation import accuracy_lines, evaluate_head, harness_fields, plot_steps, provenance, write_results
 from hybrid.inference import Answer
 from hybrid.model import HybridModel
 from hybrid.training import CHECKPOINT, train
@@ -53,22 +52,24 @@ def quickstart(output_folder: str) -> None:
     resume = (Path(output_folder) / CHECKPOINT).exists()
     _say(start, "embed 5,600 questions once, then train a small recursive reasoner on the cached hidden states")
     best = train(config, resume=resume, backbone=backbone)
-    if not best.exists():
-        return  # interrupted: what was learned so far is in the checkpoint
+    if best is None:
+        return  # interrupted: `hybrid quickstart` goes on from the checkpoint
     _say(start, "evaluate on questions it has not seen, some with more hops than in training")
     model = HybridModel.from_pretrained(best, backbone)
     test = load_examples(config.data, "test")
     embedded = embed_examples(config.features, model.backbone, {"test": test})["test"]
+    figures = evaluate_head(model, embedded, [1, 2, 3, 4, 6, 8])
     results = {
         "split": "test",
         "data": "StepGame sample (hybrid/samples/stepgame_small.parquet)",
-        **evaluate_head(model, embedded, [1, 2, 3, 4, 6, 8]),
+        **figures,
         "baselines": [zero_shot(model.backbone, test)],
+        **harness_fields(SAMPLE.stem, figures, str(best), config.training.seed),
         **provenance("hybrid quickstart", config.training.seed),
     }
     write_results(best / "results.json", results)
     plot_steps(results, best / "results.png")
-    write_card(best, model.card_facts())
+    model.write_card(best)
     print(accuracy_lines(results))
     _show_refinement(model, test)
     _say(start, f"done. The head is in {best}; ask it more:")

@@ -143,9 +143,17 @@ class RecursiveReasoner(nn.Module):
         return [network.project_memory(memory, keys_exist) for network in networks]
 
     def initial_state(self, slots: Float[Tensor, "batch slots dim"], noise: float = 0.0) -> ReasonerState:
-        """The state before the first refinement step; `noise` is a standard deviation added to z."""
+        """The state before the first refinement step.
+
+        Args:
+            slots: What each slot stands for.
+            noise: Standard deviation of noise on z: one draw per row in training, one for all rows at inference, so
+                that an answer does not depend on the rest of its batch.
+        """
         y, z = self.initial_y.expand_as(slots), self.initial_z.expand_as(slots)
-        return ReasonerState(y, z + noise * torch.randn_like(slots) if noise > 0 else z)
+        if noise > 0:
+            z = z + noise * torch.randn_like(slots if self.training else slots[:1])
+        return ReasonerState(y, z)
 
     # -- the algorithm ---------------------------------------------------------------------------------------------
 

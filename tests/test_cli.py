@@ -52,6 +52,10 @@ def test_train_eval_ask(config_file, tmp_path, capsys):
     assert (head / "results.png").exists()
     assert f"{results['accuracy_by_depth'][0]['accuracy']:.3f}" in (head / "README.md").read_text()
 
+    main(["eval", str(head), "--split", "valid", "--max_examples", "6", "--output", str(tmp_path / "new" / "r.json")])
+    assert json.loads((tmp_path / "new" / "r.json").read_text())["accuracy_by_depth"][-1]["n"] == 6
+    assert "--steps 'a'" in error_of(capsys, "eval", str(head), "--steps", "a")
+
     main(["ask", str(head), "A is left of B . Where is A relative to B ?", "--steps", "2", "--verbose"])
     output = capsys.readouterr().out
     assert "step  1  answer: " in output and "(probability 0." in output and "load " in output
@@ -90,6 +94,8 @@ def test_env_and_help(capsys):
         (["--reasoner.dim", "wide"], "reasoner.dim"),
         (["--reasoner.num_heads", "5"], "reasoner.num_heads=5: expected a divisor of dim=32"),
         (["--training.batch_size", "0"], "training.batch_size=0"),
+        (["--training.recursion_schedule", "[{num_cycles: 0}]"], "recursion_schedule.num_cycles=0"),
+        (["--resume"], "--resume: no "),
         (["--data.path", "missing.jsonl"], "missing.jsonl"),
         (["--data.column_mapping", '{"answer": "label"}', "--data.train_split", "nothing"], "nothing"),
         (["--backbone.layers", "[0,99]"], "layers 0 to 3"),

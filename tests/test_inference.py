@@ -61,10 +61,11 @@ def test_convergence_halting_stops_a_state_that_stands_still(model):
     assert (refine(model, *batch_of(model, QUESTIONS), max_steps=3, halting="convergence").steps == 3).all()
 
 
-def test_batch_composition_and_padding_change_no_answer(model):
-    together = answer_batch(model, QUESTIONS)
+@pytest.mark.parametrize("rollouts", [1, 4])
+def test_batch_composition_and_padding_change_no_answer(model, rollouts):
+    together = answer_batch(model, QUESTIONS, rollouts=rollouts)
     for question, expected in zip(QUESTIONS, together, strict=True):
-        alone = model.answer(question)
+        alone = model.answer(question, rollouts=rollouts)
         assert alone.value == expected.value and alone.steps == expected.steps
         assert alone.probability == pytest.approx(expected.probability, abs=1e-5)
 
@@ -123,6 +124,7 @@ def test_vote_keeps_a_most_frequent_answer(model, monkeypatch):
     ("arguments", "message"),
     [
         ({"rollouts": 0}, "rollouts=0"),
+        ({"max_steps": 0}, "max_steps=0"),
         ({"rollouts": 2, "pick": "best"}, "pick='best'"),
         ({"choices": ["a"]}, "at least two"),
         ({"choices": ["a", "b"], "fields": [Field("x", ["a", "b"])]}, "both choices and fields"),

@@ -56,7 +56,9 @@ def test_recorded_backbone_is_attached(model, backbone_folder, tmp_path):
 
 def test_two_heads_share_one_backbone_with_their_own_layers(model, backbone):
     other = HybridModel.from_backbone(
-        backbone.with_settings([1], "plain"), backbone_config=BackboneConfig(), reasoner=tiny_reasoner()
+        backbone.with_settings([1], "plain"),
+        backbone_config=BackboneConfig(name_or_path="tiny-llama"),
+        reasoner=tiny_reasoner(),
     )
     assert other.backbone.model is model.backbone.model
     assert other.backbone.layers == [1] and model.backbone.layers == [0, 1, 2]
@@ -68,7 +70,7 @@ def test_two_heads_share_one_backbone_with_their_own_layers(model, backbone):
 def test_variants_run_backward_through_every_parameter(backbone, kind, tie_levels):
     model = HybridModel.from_backbone(
         backbone,
-        backbone_config=BackboneConfig(),
+        backbone_config=BackboneConfig(name_or_path="tiny-llama"),
         adapter=AdapterConfig(kind=kind, num_vectors=3),
         reasoner=tiny_reasoner(tie_levels=tie_levels),
         known_options=CHOICES,
@@ -88,6 +90,13 @@ def test_wrong_hidden_size_is_refused(model, tmp_path):
     wider = Backbone(tiny_llama(hidden_size=64), word_tokenizer(), name="wider", layers=[0, 1])
     with pytest.raises(ValueError, match="trained on hidden size 32 .* wider has 64"):
         HybridModel.from_pretrained(tmp_path, wider)
+
+
+def test_another_backbone_of_the_same_size_is_doubtful(model, backbone):
+    from conftest import tiny_llama, word_tokenizer
+
+    with pytest.warns(UserWarning, match="trained on tiny-llama, and gets other"):
+        model.attach_backbone(Backbone(tiny_llama(seed=1), word_tokenizer(), name="other", layers=[0, 1, 2]))
 
 
 def test_folder_that_is_no_head(model, backbone, tmp_path):

@@ -24,6 +24,10 @@ def imported(path: Path) -> set[str]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hybrid."):
             names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "hybrid":
+            names |= {alias.name for alias in node.names} - {"__version__"}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hybrid.")}
     return names
 
 
@@ -54,3 +58,10 @@ def test_public_names_are_lazy_and_there():
         "print([getattr(hybrid, name) for name in hybrid.__all__])"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_readme_says_what_the_result_files_say():
+    run = subprocess.run(
+        [sys.executable, str(PACKAGE.parent / "results" / "render.py"), "--check"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
