@@ -11,7 +11,7 @@ from conftest import tiny_run
 from test_training import write_data
 
 from hybrid.backbone import Backbone
-from hybrid.cli import main
+from hybrid.cli import main, run_config
 from hybrid.config import to_plain
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -139,3 +139,12 @@ def test_shipped_configs_name_their_source_and_commands(path):
     assert f"hybrid train configs/{path.name}" in text
     assert f"hybrid train configs/{path.name} --data.path ../shared/data/" in " ".join(text.split())
     assert "Expected time" in text and "Expected score" in text
+
+
+def test_readme_configuration_is_one(tmp_path):
+    readme = (CONFIGS[0].parent.parent / "README.md").read_text()
+    path = tmp_path / "my_run.yaml"
+    path.write_text(readme.split("```yaml\n", 1)[1].split("```", 1)[0])
+    config, _ = run_config([str(path)], "train")
+    assert config.data.column_mapping == {"question": "prompt", "answer": "label"}
+    assert config.training.num_updates == 3000

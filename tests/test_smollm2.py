@@ -86,7 +86,8 @@ def test_readme_example_runs_on_the_quickstart_head(tmp_path):
     if not head.exists():
         pytest.skip("runs/quickstart is not there: run `hybrid quickstart` first")
     readme = (ROOT / "README.md").read_text()
-    code = readme.split("```python\n", 1)[1].split("```", 1)[0]
+    blocks = [block.split("```", 1)[0] for block in readme.split("```python\n")[1:]]
+    code = "\n".join(blocks)
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert run.returncode == 0, run.stderr
     value, _, steps = run.stdout.splitlines()[0].split()
