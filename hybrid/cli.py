@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault(
         "HF_DATASETS_DISABLE_PROGRESS_BARS", "1"
     )  # reading a file is quick, embedding has its own bar
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin crawl as soon as anything else runs
     try:
         COMMANDS[name](rest)
     except KeyboardInterrupt:
