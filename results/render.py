@@ -1,0 +1,43 @@
+"""Fill the tables of README.md from the result files: `python results/render.py` (`--check` only compares).
+
+A table stands between `<!-- table: results/NAME/results.json -->` and `<!-- end -->`, an output copied from a run
+between `<!-- file: results/NAME/FILE -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from hybrid.evaluation import accuracy_lines
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- (table|file): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(text: str) -> str:
+    """The text with every block filled anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        start, kind, name, end = match.groups()
+        content = (ROOT / name).read_text()
+        if kind == "table":
+            results = json.loads(content)
+            body = f"`{results['command']}`, n and 95% intervals as shown:\n\n{accuracy_lines(results)}\n"
+        else:
+            body = f"```\n{content.rstrip()}\n```\n"
+        return f"{start}{body}{end}"
+
+    return BLOCK.sub(fill, text)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    rendered = render(readme.read_text())
+    if "--check" in sys.argv:
+        sys.exit(
+            rendered != readme.read_text() and "README.md is not what the result files say: run results/render.py"
+        )
+    readme.write_text(rendered)
