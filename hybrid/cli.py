@@ -54,9 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser(description: str) -> Any:
+    """A parser for `hybrid COMMAND …: what it does`."""
     from jsonargparse import ArgumentParser
 
-    return ArgumentParser(description=description, exit_on_error=False)
+    command = " ".join(description.split()[:2]).rstrip(":")
+    return ArgumentParser(prog=command, description=description, exit_on_error=False, allow_abbrev=False)
 
 
 def _parse(parser: Any, arguments: Sequence[str]) -> Any:
@@ -84,6 +86,9 @@ def run_config(arguments: Sequence[str], command: str) -> tuple[RunConfig, Any]:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
     parsed = _parse(parser, arguments)
+    for limit in ("max_train", "max_test"):
+        if getattr(parsed, limit, 1) < 1:
+            raise ValueError(f"--{limit} {getattr(parsed, limit)}: expected a number > 0")
     sections = parser.instantiate(parsed)
     names = RunConfig.__dataclass_fields__
     return RunConfig(**{name: sections[name] for name in names}), parsed
@@ -141,7 +146,9 @@ def command_eval(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=str, default="1,2,4,8,16", help="refinement steps of the curve")
     parser.add_argument("--max_examples", type=int | None, default=None, help="evaluate this many, spread over depths")
     parser.add_argument("--baselines", type=str, default="", help="any of zero_shot,linear_probe, to stand beside")
-    parser.add_argument("--output", type=str | None, default=None, help="result file; by default HEAD/results.json")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help="result file; by default HEAD/results.json, and the card"
+    )
     parsed = _parse(parser, arguments)
     steps = _step_numbers(parsed.steps)
     baselines = [name for name in parsed.baselines.split(",") if name]
@@ -183,7 +190,7 @@ def command_eval(arguments: Sequence[str]) -> None:
         results["baselines"].append(linear_probe(model, embedded["train"], embedded[role]))
     write_results(path, results)
     plot_steps(results, path.with_suffix(".png"))
-    if path.parent == folder:
+    if path == folder / "results.json":
         model.write_card(folder)
     print(accuracy_lines(results))
     print(f"mean steps {results['mean_steps_used']:.2f}; written: {path}, {path.with_suffix('.png')}")
@@ -211,7 +218,9 @@ def _config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
     config.data.path = parsed.data or config.data.path
     role = parsed.split if parsed.split in ("train", "valid", "test") else "test"
     config.data.test_split = config.data.test_split if parsed.split in (None, role) else parsed.split
-    if parsed.max_examples:
+    if parsed.max_examples is not None:
+        if parsed.max_examples < 1:
+            raise ValueError(f"--max_examples {parsed.max_examples}: expected a number > 0")
         config.data.max_eval_examples = parsed.max_examples
         if role == "train":
             config.data.max_train_examples = parsed.max_examples

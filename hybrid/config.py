@@ -154,7 +154,8 @@ class DataConfig:
             `true`, the first option is false and the second true.
         train_split: Name of the training split.
         valid_split: Split on which choices are made (checkpoints, steps). Where the source has none, that many
-            rows are cut from the end of the training split: `train[-1000:]`.
+            rows can be cut from the training split: `train[-1000:]` takes them from a fixed shuffle that spreads the
+            depths, not from the end of the file.
         test_split: Split that `hybrid eval` reads by default.
         train_depths: Keep only these depths for training; `None` keeps all.
         max_train_examples: Keep at most this many training rows, spread evenly over depths.

@@ -68,6 +68,8 @@ def load_examples(config: DataConfig, split: str) -> list[Example]:
     depths = sorted({str(example.depth) for example in examples})
     if split == "train" and config.train_depths is not None:
         examples = [example for example in examples if example.depth in config.train_depths]
+    if not examples and not depths:
+        raise ValueError(f"no {split} rows are left: other splits are too large a slice, or ask the same questions")
     if not examples:
         raise ValueError(f"no {split} rows: data.train_depths={config.train_depths}, depths of the source {depths}")
     limit = config.max_train_examples if split == "train" else config.max_eval_examples
@@ -89,7 +91,10 @@ def _role_examples(config: DataConfig, role: str) -> list[Example]:
         found = {each: (each, None) for each in ROLES}
     name, bounds = found[role]
     if name not in splits:
-        raise ValueError(f"data.{role}_split={name!r}: there are {sorted(splits)}; name one or a slice: 'train[-5%:]'")
+        raise ValueError(
+            f"data.{role}_split={name!r}: there are {sorted(splits)}; name one, or a slice kept from training"
+            " ('train[-5%:]'); `hybrid eval --split valid` reads the validation rows"
+        )
     train_rows, taken = splits.get(found["train"][0], []), []
     examples = _to_examples(config, name, splits[name], train_rows)
     for other, other_bounds in (found[each] for each in ROLES[: ROLES.index(role)]):

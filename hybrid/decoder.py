@@ -28,6 +28,8 @@ class Field:
     options: Sequence[str]
 
     def __post_init__(self):
+        if isinstance(self.options, str) and len(set(self.options)) < len(self.options):
+            raise ValueError(f"field {self.name!r} has options {self.options!r}: give a list of texts")
         options = tuple(self.options)
         object.__setattr__(self, "options", options)
         if not self.name:

@@ -40,6 +40,8 @@ def check_head_folder(folder: Path) -> None:
     Raises:
         ValueError: A file is missing, or the folder holds pickled weights (they can run code when loaded).
     """
+    if (folder / "best" / "config.json").exists():
+        raise ValueError(f"{folder} is the folder of a run: its head is {folder / 'best'}")
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
         raise ValueError(f"{folder} holds {pickles[0]}: pickled weights are refused, keep model.safetensors only")
     for name in ("config.json", "model.safetensors"):

@@ -215,6 +215,8 @@ def answer(
     Raises:
         ValueError: No options, or an empty or too long text.
     """
+    if not isinstance(question, str):
+        raise ValueError(f"question={question!r}: expected a text; answer_batch takes many")
     return answer_batch(model, [question], contexts=[context], choices=choices, fields=fields, **kwargs)[0]
 
 
@@ -271,6 +273,8 @@ def answer_batch(
 def _fields_asked(
     model: HybridModel, choices: Sequence[str] | None, fields: Sequence[Field] | None
 ) -> tuple[Field, ...]:
+    if isinstance(choices, str):
+        raise ValueError(f"choices={choices!r}: expected a list of texts")
     if fields is not None and choices is not None:
         raise ValueError("both choices and fields were given: choices are the options of a single field")
     if fields is not None:

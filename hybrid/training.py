@@ -239,7 +239,9 @@ class Trainer:
                 self.seconds = time.monotonic() - start
                 if self.num_updates % settings.log_every == 0:
                     line = self.log()
-                    bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.3f}", refresh=False)
+                    bar.set_postfix(
+                        answer_loss=f"{line['answer_loss']:.3f}", accuracy=f"{line['accuracy']:.3f}", refresh=False
+                    )
                 self.finished = self.num_updates >= settings.num_updates
                 if self.num_updates % settings.eval_every == 0 or self.finished:
                     self.evaluate()

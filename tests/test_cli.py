@@ -54,6 +54,7 @@ def test_train_eval_ask(config_file, tmp_path, capsys):
 
     main(["eval", str(head), "--split", "valid", "--max_examples", "6", "--output", str(tmp_path / "new" / "r.json")])
     assert json.loads((tmp_path / "new" / "r.json").read_text())["accuracy_by_depth"][-1]["n"] == 6
+    assert "--max_examples -5" in error_of(capsys, "eval", str(head), "--max_examples", "-5")
     assert "--steps 'a'" in error_of(capsys, "eval", str(head), "--steps", "a")
 
     main(["ask", str(head), "A is left of B . Where is A relative to B ?", "--steps", "2", "--verbose"])
@@ -91,6 +92,7 @@ def test_env_and_help(capsys):
     ("flags", "message"),
     [
         (["--training.lr", "1"], "training.lr"),
+        (["--training.learning_rat", "1"], "training.learning_rat"),
         (["--reasoner.dim", "wide"], "reasoner.dim"),
         (["--reasoner.num_heads", "5"], "reasoner.num_heads=5: expected a divisor of dim=32"),
         (["--training.batch_size", "0"], "training.batch_size=0"),

@@ -14,6 +14,7 @@ from hybrid.losses import IGNORED, all_fields_right, answer_loss, halting_loss, 
     [
         ("", ["a", "b"], "needs a name"),
         ("x", ["a"], "at least two"),
+        ("x", "knight, knave", "give a list of texts"),
         ("x", ["a", " "], "not empty"),
         ("x", ["a", "b", "a"], r"appear twice: \['a'\]"),
     ],

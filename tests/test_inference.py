@@ -127,6 +127,8 @@ def test_vote_keeps_a_most_frequent_answer(model, monkeypatch):
         ({"max_steps": 0}, "max_steps=0"),
         ({"rollouts": 2, "pick": "best"}, "pick='best'"),
         ({"choices": ["a"]}, "at least two"),
+        ({"choices": "yes,no"}, "expected a list of texts"),
+        ({"fields": [Field("x", "yn")], "max_steps": -1}, "max_steps=-1"),
         ({"choices": ["a", "b"], "fields": [Field("x", ["a", "b"])]}, "both choices and fields"),
         ({"fields": []}, "names must be there"),
     ],

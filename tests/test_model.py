@@ -102,6 +102,10 @@ def test_another_backbone_of_the_same_size_is_doubtful(model, backbone):
 def test_folder_that_is_no_head(model, backbone, tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         HybridModel.from_pretrained(tmp_path, backbone)
+    model.save_pretrained(tmp_path / "run" / "best")
+    (tmp_path / "run" / "checkpoint.pt").touch()
+    with pytest.raises(ValueError, match="its head is .*best"):
+        HybridModel.from_pretrained(tmp_path / "run", backbone)
     model.save_pretrained(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"\x80\x04")
     with pytest.raises(ValueError, match="holds weights.pt: pickled weights are refused"):
