@@ -70,6 +70,7 @@ class StepRecord:
         fields_right: Share of an example's fields that are right, (steps, examples).
         halt_logits: The q head, (steps, examples).
         wants_halt: Whether the example would halt there by the head's own halting, (steps, examples).
+        movement: How far the step moved the answer latent, relative to its length, (steps, examples).
         seconds: Time of the refinement, embedding not included.
     """
 
@@ -77,6 +78,7 @@ class StepRecord:
     fields_right: Tensor
     halt_logits: Tensor
     wants_halt: Tensor
+    movement: Tensor
     seconds: float
 
     def steps_used(self, max_steps: int) -> Tensor:
@@ -97,7 +99,7 @@ def run_steps(
     n = len(examples)
     shape = (max_steps, n)
     no = torch.zeros(shape, dtype=torch.bool)
-    record = StepRecord(no, torch.zeros(shape), torch.zeros(shape), no.clone(), 0.0)
+    record = StepRecord(no, torch.zeros(shape), torch.zeros(shape), no.clone(), torch.zeros(shape), 0.0)
     with tqdm(total=n, unit="question", desc="evaluate", disable=not progress, leave=False) as bar:
         for rows in examples.batches(token_budget):
             hidden_states, mask, fields, labels = examples.batch(model, rows)
@@ -114,6 +116,8 @@ def run_steps(
             assert refined.halt_logits_by_step is not None and refined.wants_halt_by_step is not None
             record.halt_logits[:, rows] = refined.halt_logits_by_step
             record.wants_halt[:, rows] = refined.wants_halt_by_step
+            assert refined.movement_by_step is not None
+            record.movement[:, rows] = refined.movement_by_step
             bar.update(len(rows))
     return record
 
@@ -155,6 +159,7 @@ def summarize(record: StepRecord, examples: Sequence[Example], steps: Sequence[i
         "accuracy_by_steps": [
             {"steps": step, "by_depth": by_depth(record.right[step - 1], examples)} for step in steps
         ],
+        "movement_by_steps": [round(float(step.mean()), 6) for step in record.movement],
         "field_accuracy": float(record.fields_right[max_steps - 1].mean()),
         "mean_steps_used": float(used.mean()),
         "mean_steps_used_by_depth": {

@@ -12,11 +12,11 @@ from torch import Tensor
 from hybrid.backbone import length_batches
 from hybrid.decoder import Field, FieldBatch
 from hybrid.model import HybridModel
-from hybrid.reasoner import has_halted
+from hybrid.reasoner import has_halted, state_movement
 
 ROLLOUT_NOISE = 1.0  # standard deviation on z, whose own components have unit variance
 FINAL = ("scores", "halt_logits", "steps")
-BY_STEP = ("scores_by_step", "halt_logits_by_step", "wants_halt_by_step")
+BY_STEP = ("scores_by_step", "halt_logits_by_step", "wants_halt_by_step", "movement_by_step")
 TOKEN_BUDGET = 8192  # tokens of one inference batch, padding included
 
 
@@ -31,6 +31,7 @@ class Refined:
         scores_by_step: (steps, batch, fields, options), a halted row keeps its last scores; `None` unless asked for.
         halt_logits_by_step: (steps, batch), likewise.
         wants_halt_by_step: (steps, batch), whether the row would halt there by the head's own halting.
+        movement_by_step: (steps, batch), how far the step moved the answer latent, relative to its length.
     """
 
     scores: Tensor
@@ -39,6 +40,7 @@ class Refined:
     scores_by_step: Tensor | None = None
     halt_logits_by_step: Tensor | None = None
     wants_halt_by_step: Tensor | None = None
+    movement_by_step: Tensor | None = None
 
 
 @dataclass
@@ -98,7 +100,8 @@ def refine(
         state, y = model.reasoner.refinement_step(encoded.slots, encoded.memory, state)
         scores, halt_logits = model.decoder(y, fields)
         signs = halt_logits, y, previous_y, encoded.slot_mask, reasoner.convergence_tolerance
-        _record(result, step, active, scores.cpu(), halt_logits.cpu(), has_halted(reasoner.halting, *signs).cpu())
+        wants, movement = has_halted(reasoner.halting, *signs), state_movement(y, previous_y, encoded.slot_mask)
+        _record(result, step, active, scores.cpu(), halt_logits.cpu(), wants.cpu(), movement.cpu())
         halted = has_halted(halting, *signs)
         if step == max_steps or not halted.any():
             continue
@@ -124,12 +127,14 @@ def _empty_result(fields: FieldBatch, max_steps: int, by_step: bool) -> Refined:
         result.scores_by_step = torch.empty(max_steps, *shape)
         result.halt_logits_by_step = torch.empty(max_steps, shape[0])
         result.wants_halt_by_step = torch.zeros(max_steps, shape[0], dtype=torch.bool)
+        result.movement_by_step = torch.empty(max_steps, shape[0])
     return result
 
 
-def _record(result: Refined, step: int, active: Tensor, scores: Tensor, halt_logits: Tensor, wants: Tensor) -> None:
-    result.scores[active], result.halt_logits[active], result.steps[active] = scores, halt_logits, step
-    for name, value in zip(BY_STEP, (scores, halt_logits, wants), strict=True):
+def _record(result: Refined, step: int, active: Tensor, *values: Tensor) -> None:
+    """Keep the values of a step, in the order of `BY_STEP`, for the rows that ran it."""
+    result.scores[active], result.halt_logits[active], result.steps[active] = values[0], values[1], step
+    for name, value in zip(BY_STEP, values, strict=True):
         if (by_step := getattr(result, name)) is not None:
             by_step[step - 1 :, active] = value  # a halted row keeps its last values
 

@@ -207,6 +207,17 @@ class RecursiveReasoner(nn.Module):
 # -- halting -------------------------------------------------------------------------------------------------------
 
 
+def state_movement(
+    y: Float[Tensor, "batch slots dim"],
+    previous_y: Float[Tensor, "batch slots dim"],
+    slot_mask: Bool[Tensor, "batch slots"],
+) -> Float[Tensor, " batch"]:
+    """How far a refinement step moved the answer latent, relative to its length, over the slots that exist."""
+    weight = slot_mask.unsqueeze(-1).float()
+    moved = ((y.float() - previous_y.float()) * weight).flatten(1).norm(dim=1)
+    return moved / (y.float() * weight).flatten(1).norm(dim=1)
+
+
 def has_halted(
     halting: str,
     halt_logits: Float[Tensor, " batch"],
@@ -223,9 +234,7 @@ def has_halted(
     if halting == "learned":
         return halt_logits > 0
     if halting == "convergence":
-        weight = slot_mask.unsqueeze(-1).float()
-        moved = ((y.float() - previous_y.float()) * weight).flatten(1).norm(dim=1)
-        return moved < tolerance * (y.float() * weight).flatten(1).norm(dim=1)
+        return state_movement(y, previous_y, slot_mask) < tolerance
     if halting == "never":
         return torch.zeros_like(halt_logits, dtype=torch.bool)
     raise ValueError(f"halting={halting!r}: expected 'learned', 'convergence' or 'never'")

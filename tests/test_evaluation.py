@@ -47,7 +47,7 @@ def test_by_depth_adds_up():
 def record() -> StepRecord:
     right = torch.tensor([[True, False, False], [True, True, False], [False, True, True]])
     halt = torch.tensor([[3.0, -1.0, -1.0], [3.0, 2.0, -1.0], [3.0, 2.0, -1.0]])
-    return StepRecord(right, right.float(), halt, halt > 0, 1.0)
+    return StepRecord(right, right.float(), halt, halt > 0, right.float(), 1.0)
 
 
 def test_halting_is_read_off_the_run_without_halting():
@@ -59,12 +59,11 @@ def test_halting_is_read_off_the_run_without_halting():
 
 def test_calibration_of_a_head_that_knows_and_one_that_does_not():
     right = torch.tensor([[True] * 5 + [False] * 5])
-    knows = StepRecord(right, right.float(), torch.where(right, 9.0, -9.0), right, 1.0)
+    knows = StepRecord(right, right.float(), torch.where(right, 9.0, -9.0), right, right.float(), 1.0)
     figures = calibration(knows, 1)
     assert figures["auroc"] == 1.0 and figures["expected_calibration_error"] < 0.01
-    blind = StepRecord(
-        right, right.float(), torch.full((1, 10), 2.1972246), right, 1.0
-    )  # believes 0.9 of every answer
+    belief = torch.full((1, 10), 2.1972246)  # 0.9, of every answer
+    blind = StepRecord(right, right.float(), belief, right, right.float(), 1.0)
     figures = calibration(blind, 1)
     assert figures["auroc"] == 0.5 and figures["expected_calibration_error"] == pytest.approx(0.4, abs=1e-3)
     assert [entry["n"] for entry in figures["bins"]] == [10]
@@ -94,6 +93,8 @@ def test_a_head_that_never_halts_is_reported_as_such(model, embedded):
 
 def test_result_file_has_what_a_number_needs(model, embedded, tmp_path):
     results = evaluate_head(model, embedded, [1, 2, 5], progress=False)
+    moved = results["movement_by_steps"]
+    assert len(moved) == 5 and all(step > 0 for step in moved)
     results |= {"split": "test", **provenance("hybrid eval …", seed=3)}
     assert [point["steps"] for point in results["accuracy_by_steps"]] == [1, 2, 5]
     for key in ("command", "seed", "package_versions", "device", "date", "data_fingerprint", "num_parameters"):

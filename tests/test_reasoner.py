@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybrid.reasoner import ReasonerState, RecursiveReasoner, has_halted
+from hybrid.reasoner import ReasonerState, RecursiveReasoner, has_halted, state_movement
 
 BATCH, TOKENS, SLOTS, DIM = 3, 5, 4, 16
 
@@ -133,6 +133,11 @@ def test_halting():
     assert has_halted("never", logits, y, moved, mask, 0.1).tolist() == [False, False]
     with pytest.raises(ValueError, match="halting='sometimes'"):
         has_halted("sometimes", logits, y, moved, mask, 0.1)
+
+
+def test_state_movement_is_relative_to_the_length():
+    y, mask = torch.full((1, 2, 8), 2.0), torch.ones(1, 2, dtype=torch.bool)
+    assert state_movement(y, torch.full_like(y, 1.5), mask).item() == pytest.approx(0.25)
 
 
 def test_convergence_ignores_slots_that_do_not_exist():
