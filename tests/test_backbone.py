@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
+from conftest import tiny_llama, word_tokenizer
 
 from hybrid.backbone import Backbone, default_layers, length_batches
 
@@ -55,13 +59,64 @@ def test_pass_stops_at_the_highest_layer_asked_for(backbone):
     ran = []
     handles = [
         block.register_forward_pre_hook(lambda module, args, layer=layer: ran.append(layer))
-        for layer, block in enumerate(backbone._blocks, start=1)
+        for layer, block in enumerate(backbone._short_encoder.layers, start=1)
     ]
     backbone.hidden_states([backbone.prompt(*TEXTS[0])], layers=[1, 2])
     for handle in handles:
         handle.remove()
     assert ran == [1, 2]
-    assert not any(block._forward_hooks for block in backbone._blocks)
+
+
+def test_a_causal_model_needs_no_mask_for_padding_and_others_get_one(any_backbone):
+    masks = []
+    handle = any_backbone._short_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    any_backbone.hidden_states(any_backbone.prompts(TEXTS))
+    handle.remove()
+    assert any_backbone.is_causal == (any_backbone.name not in ("bert", "t5"))
+    assert (masks[-1] is None) == any_backbone.is_causal
+
+
+def test_threads_read_the_same_model_at_once_at_their_own_layers(backbone):
+    prompts = backbone.prompts(TEXTS)
+    layers = [[1], [2], [1, 3], [3]] * 8
+    expected = {tuple(chosen): backbone.hidden_states(prompts, chosen) for chosen in layers}
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda chosen: backbone.hidden_states(prompts, chosen), layers))
+    for chosen, states in zip(layers, results, strict=True):
+        for state, alone in zip(states, expected[tuple(chosen)], strict=True):
+            torch.testing.assert_close(state, alone)
+
+
+def test_short_and_long_texts_give_the_same_states(backbone, monkeypatch):
+    prompts = backbone.prompts(TEXTS)
+    assert backbone._short_encoder.config._attn_implementation == "eager"
+    assert backbone._encoder.config._attn_implementation == "sdpa"
+    short = backbone.hidden_states(prompts)
+    monkeypatch.setattr("hybrid.backbone.SHORT", 0)
+    for state, other in zip(short, backbone.hidden_states(prompts), strict=True):
+        torch.testing.assert_close(state, other, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_blocks_give_the_same_states(monkeypatch):
+    backbone = Backbone(tiny_llama(), word_tokenizer(), name="tiny-llama", layers=[0, 1, 2])
+    before = backbone.hidden_states(backbone.prompts(TEXTS))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # no C++ compiler needed
+    assert backbone.compile() and backbone.compile()
+    for state, other in zip(before, backbone.hidden_states(backbone.prompts(TEXTS)), strict=True):
+        torch.testing.assert_close(state, other, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_compiler_the_model_runs_as_before(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    backbone = Backbone(tiny_llama(), word_tokenizer(), name="tiny-llama", layers=[0, 1, 2])
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    with pytest.warns(UserWarning, match="going on without: .*no C\\+\\+ compiler"):
+        assert not backbone.compile()
+    assert len(backbone.hidden_states(backbone.prompts(TEXTS))) == 2
 
 
 def test_embedding_layer_is_a_look_up(backbone):

@@ -30,6 +30,8 @@ FINGERPRINT = {"name": "fake", "layers": [0, 3, 5], "template": "echo"}
 class FakeBackbone:
     """One token per word, states that depend on the text alone; the memory is the prompt without its first token."""
 
+    device = torch.device("cpu")
+
     def __init__(self, fail_at_pass: int | None = None, seconds_per_pass: float = 0.0):
         self.num_tokenised, self.computed, self.num_passes = 0, [], 0
         self.fail_at_pass, self.seconds_per_pass = fail_at_pass, seconds_per_pass
@@ -227,6 +229,29 @@ def test_fill_that_fails_keeps_earlier_batches_and_resumes(tmp_path):
         assert fill_cache(cache, resumed, texts, token_budget=40, progress=False) == 40 - len(failing.computed)
         assert not set(resumed.computed) & set(failing.computed)
         assert_holds(cache, texts)
+
+
+def test_each_thread_takes_a_batch_of_its_own_and_results_keep_their_order(tmp_path):
+    texts, running, most = some_texts(60), [], []
+
+    class CountingBackbone(FakeBackbone):
+        def hidden_states(self, prompts):
+            running.append(torch.get_num_threads())
+            most.append(list(running))
+            states = super().hidden_states(prompts)
+            running.pop()
+            return states
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with open_cache(tmp_path) as cache:
+            backbone = CountingBackbone(seconds_per_pass=0.01)
+            assert fill_cache(cache, backbone, texts, token_budget=40, progress=False) == 60
+            assert_holds(cache, texts)
+        assert max(most, key=len) == [1, 1, 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 class LoudBackbone(FakeBackbone):
