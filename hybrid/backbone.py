@@ -16,9 +16,10 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ class _Reading(threading.local):
     states: dict[int, Tensor]
 
 
+_reading = _Reading()
+
+
+def _keep(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook: keep the output of block `layer` if the current thread reads it."""
+    if layer in _reading.layers:
+        _reading.states[layer] = output[0] if isinstance(output, tuple) else output
+        if layer == max(_reading.layers):
+            raise _ReachedHighestLayer
+
+
 class Backbone:
     """A frozen Hugging Face model and its tokenizer.
 
@@ -94,10 +106,9 @@ class Backbone:
         encoder = model.get_encoder() if config.is_encoder_decoder else getattr(model, "base_model", model)
         self._short_encoder: nn.Module = _short_encoder(encoder, self.device)
         self._encoder: nn.Module = encoder
-        self._reading = _Reading()
         for view in {encoder, self._short_encoder}:
             for layer, block in enumerate(_find_blocks(view, self.num_layers) or [], start=1):
-                block.register_forward_hook(self._keep(layer))
+                block.register_forward_hook(partial(_keep, layer))
         self._is_causal: bool | None = None
         self._compiled = False
         self._vocabulary_statistics: tuple[Tensor, Tensor] | None = None
@@ -333,31 +344,20 @@ class Backbone:
         return True
 
     def _run_to(self, layers: list[int], token_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
-        encoder = self._short_encoder if token_ids.shape[1] <= SHORT else self._encoder
+        is_short = token_ids.shape[1] <= SHORT and self.device.type == "cpu"
+        encoder = self._short_encoder if is_short else self._encoder
         inputs = {"input_ids": token_ids, "attention_mask": mask}
         if _find_blocks(encoder, self.num_layers) is None:  # no plain list of blocks: ask for every state
             output = encoder(**inputs, output_hidden_states=True)
             return [output.hidden_states[layer] for layer in layers]
-        self._reading.layers, self._reading.states = layers, {}
+        _reading.layers, _reading.states = layers, {}
         try:
             encoder(**inputs, **({"use_cache": False} if self._encoder is not self.model else {}))
         except _ReachedHighestLayer:
             pass
         finally:
-            self._reading.layers, states = (), self._reading.states
+            _reading.layers, states = (), _reading.states
         return [states[layer] for layer in layers]
-
-    def _keep(self, layer: int) -> Callable[[nn.Module, tuple, Any], None]:
-        """A forward hook that keeps the output of block `layer` if the current thread reads it."""
-        reading = self._reading
-
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if layer in reading.layers:
-                reading.states[layer] = output[0] if isinstance(output, tuple) else output
-                if layer == max(reading.layers):
-                    raise _ReachedHighestLayer
-
-        return hook
 
 
 def load_backbone(config: BackboneConfig, device: str | torch.device | None = None) -> Backbone:

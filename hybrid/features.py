@@ -13,12 +13,11 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import lmdb
@@ -28,12 +27,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hybrid.backbone import cache_folder, length_batches
+from hybrid.parallel import map_in_threads
 
 if TYPE_CHECKING:
     from hybrid.backbone import Backbone
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 FORMAT = 1
 COMPILED_TOKENS = 1_000_000  # from here on compiling saves more than the 15 s that it takes
@@ -370,7 +367,7 @@ def fill_cache(
     if backbone.device.type == "cpu":
         if sum(lengths) >= COMPILED_TOKENS:
             backbone.compile()
-        states = one_thread_each(compute, batches)
+        states = map_in_threads(compute, batches)
     else:
         states = map(compute, batches)
     with tqdm(total=sum(lengths), desc="hidden states", unit="tok", unit_scale=True, disable=not progress) as bar:
@@ -381,20 +378,3 @@ def fill_cache(
             cache.write(zip((keys[missing[index]] for index in batch), features, strict=True))
             bar.update(sum(lengths[index] for index in batch))
     return len(missing)
-
-
-def one_thread_each(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Apply a function to each item, in order, as many at a time as torch has threads, each on one thread.
-
-    On a CPU this beats one item at a time on all threads: nothing waits at the end of each operation.
-    """
-    num_threads = torch.get_num_threads()
-    if num_threads == 1 or len(items) == 1:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield from pool.map(function, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(num_threads)

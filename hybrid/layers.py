@@ -61,7 +61,7 @@ class Attention(nn.Module):
         """Keys and values of the memory."""
         dim = memory.shape[-1]
         key, value = F.linear(memory, self.query_key_value.weight[dim:]).chunk(2, dim=-1)
-        return self._heads(key), self._heads(value)
+        return self._heads(key).contiguous(), self._heads(value).contiguous()
 
     def forward(
         self,
@@ -72,6 +72,21 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch slots dim"]:
         """Attend; `mask` is true at the keys (memory, then slots) that exist."""
         query, key, value = map(self._heads, self.query_key_value(x).chunk(3, dim=-1))
-        key, value = torch.cat([memory_key, key], dim=2), torch.cat([memory_value, value], dim=2)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if x.device.type == "cpu":
+            attended = _attend_by_products(query, (memory_key, key), (memory_value, value), mask)
+        else:
+            key, value = torch.cat([memory_key, key], dim=2), torch.cat([memory_value, value], dim=2)
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.output(attended.transpose(1, 2).flatten(2))
+
+
+def _attend_by_products(
+    query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], mask: Tensor | None
+) -> Tensor:
+    """Softmax attention over two groups of keys. With few queries, twice as fast on a CPU as its fused kernel."""
+    query = query * query.shape[-1] ** -0.5
+    scores = torch.cat([query @ key.transpose(-2, -1) for key in keys], dim=-1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1).split([key.shape[2] for key in keys], dim=-1)
+    return weights[0] @ values[0] + weights[1] @ values[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -405,19 +406,24 @@ class _TextTable:
 
     def encode(self, fields: tuple[Field, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the names (fields,) and of the options (fields, options), -1 for padding."""
-        if fields not in self._encoded:
-            names = np.array([self._number(field.name) for field in fields])
-            options = np.full((len(fields), max(len(field.options) for field in fields)), -1)
-            for row, field in enumerate(fields):
-                options[row, : len(field.options)] = [self._number(option) for option in field.options]
-            self._encoded[fields] = (names, options)
-        return self._encoded[fields]
+        with _text_lock:
+            if fields not in self._encoded:
+                names = np.array([self._number(field.name) for field in fields])
+                options = np.full((len(fields), max(len(field.options) for field in fields)), -1)
+                for row, field in enumerate(fields):
+                    options[row, : len(field.options)] = [self._number(option) for option in field.options]
+                self._encoded[fields] = (names, options)
+            return self._encoded[fields]
 
     def vectors(self, backbone: Backbone) -> Tensor:
         """Vectors of all texts so far (texts, backbone_dim), float32."""
-        have = 0 if self._vectors is None else len(self._vectors)
-        if have < len(self.names):
-            new = backbone.text_vectors(self.names[have:]).cpu()
-            self._vectors = new if self._vectors is None else torch.cat([self._vectors, new])
-        assert self._vectors is not None
-        return self._vectors
+        with _text_lock:
+            have = 0 if self._vectors is None else len(self._vectors)
+            if have < len(self.names):
+                new = backbone.text_vectors(self.names[have:]).cpu()
+                self._vectors = new if self._vectors is None else torch.cat([self._vectors, new])
+            assert self._vectors is not None
+            return self._vectors
+
+
+_text_lock = threading.Lock()  # threads number texts and embed them; a lock inside the table could not be copied

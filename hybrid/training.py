@@ -14,7 +14,8 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ from hybrid.config import ReasonerConfig, RecursionStage, RunConfig, TrainingCon
 from hybrid.data import data_fingerprint, load_examples
 from hybrid.evaluation import by_depth, run_steps
 from hybrid.model import HybridModel
+from hybrid.parallel import map_in_threads
 from hybrid.reasoner import ReasonerState, has_halted
 
 CHECKPOINT = "checkpoint.pt"
+MIN_PART = 16  # rows of a part below which matrix products get slow
 NUM_STATISTICS_TOKENS = 16_384  # training tokens from which the adapter takes means and deviations
 
 
@@ -94,12 +97,11 @@ class CarriedRows:
             self.draws[index], self.steps[index] = draw, 0
             self.min_steps[index] = self.stream.min_steps(self.rows[index], draw, exploration, max_steps)
 
-    def examples(self, part: slice) -> list[int]:
-        """Example numbers of a part of the rows."""
-        indices = range(*part.indices(len(self.rows)))
-        return [self.stream.example(self.rows[index], int(self.draws[index])) for index in indices]
+    def examples(self) -> list[int]:
+        """Number of the example that each row holds."""
+        return [self.stream.example(row, draw) for row, draw in zip(self.rows, self.draws.tolist(), strict=True)]
 
-    def advance(self, part: slice, state: ReasonerState, wants: Tensor, max_steps: int) -> None:
+    def advance(self, part: Tensor, state: ReasonerState, wants: Tensor, max_steps: int) -> None:
         """Keep the new state and mark the rows that are done: those that want to halt and may, or must."""
         self.y[part], self.z[part] = state.y, state.z
         self.steps[part] += 1
@@ -125,12 +127,23 @@ class MasterWeights:
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, foreach=True)
 
+    def add_gradients(self, gradients: Sequence[Tensor | None], share: float) -> None:
+        """Add the gradients of a part's mean loss, weighted by its share of the rows; summed in float32."""
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            if gradient is not None:
+                master.grad.add_(gradient, alpha=share)
+
+    def reduce_gradients(self, accelerator: Accelerator) -> None:
+        """Average the gradients over all processes."""
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        sizes = [gradient.numel() for gradient in gradients]
+        torch._foreach_copy_([gradient.view(-1) for gradient in gradients], list(mean.split(sizes)))
+
     def update(self, learning_rate: float, num_updates: int) -> float:
-        """One optimizer step from the gradients of the model; returns the gradient norm before clipping."""
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            master.grad = gradient.float()
-            parameter.grad = None
+        """One optimizer step from the gradients added up; returns the gradient norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm, foreach=True)
         if not torch.isfinite(norm):  # before it reaches the weights, and a checkpoint
             raise FloatingPointError(
@@ -140,6 +153,7 @@ class MasterWeights:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        self.optimizer.zero_grad()
         decay = min(self.config.ema_decay, (1 + num_updates) / (10 + num_updates))  # short runs need a short memory
         torch._foreach_lerp_(self.ema, [master.detach() for master in self.masters], 1 - decay)
         self._show(self.masters)
@@ -176,6 +190,16 @@ class MasterWeights:
         self._show(self.masters)
 
 
+@dataclass
+class PartStep:
+    """What a refinement step of some rows gives: their state, means to log, gradients, and which rows want to halt."""
+
+    state: ReasonerState
+    means: dict[str, Tensor]
+    gradients: Sequence[Tensor | None]
+    wants_halt: Tensor
+
+
 class Trainer:
     """A training run.
 
@@ -207,7 +231,6 @@ class Trainer:
         self.model = model.to(accelerator.device)
         self.weights = MasterWeights(model, self.settings)  # before rounding to bfloat16
         self.model.to(dtype)
-        self.wrapped = accelerator.prepare(self.model)
         local = self.settings.batch_size // accelerator.num_processes
         self.rows = CarriedRows(
             RowStream(len(train), self.settings.batch_size, self.settings.seed),
@@ -262,23 +285,52 @@ class Trainer:
         torch.manual_seed(hash((settings.seed, self.num_updates, self.accelerator.process_index)) % 2**63)
         self.model.train()
         self.rows.refill(settings.halt_exploration, stage.max_steps, self.accepts)
-        parts = settings.gradient_accumulation_steps
-        size = len(self.rows.rows) // parts
-        for part in range(parts):
-            sync = nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.wrapped)
-            with sync:
-                self._accumulate(slice(part * size, (part + 1) * size), stage, parts)
+        examples = self.rows.examples()
+        parts = self._parts([self.train.lengths[example] for example in examples])
+        run = map if self.draws_noise or self.accelerator.device.type != "cpu" else map_in_threads
+        steps = run(lambda part: self._step(part, [examples[row] for row in part.tolist()], stage), parts)
+        for part, step in zip(parts, steps, strict=True):
+            share = len(part) / len(examples)
+            self.weights.add_gradients(step.gradients, share)
+            self.rows.advance(part, step.state, step.wants_halt, stage.max_steps)
+            finished = self.rows.halted[part]
+            self._count({name: float(value) for name, value in step.means.items()}, share)
+            self._count(
+                {"rows_finished": float(finished.sum()), "steps": float(self.rows.steps[part][finished].sum())}
+            )
+        if self.accelerator.num_processes > 1:
+            self.weights.reduce_gradients(self.accelerator)
         rate = learning_rate(settings, self.num_updates)
         self._count({"gradient_norm": self.weights.update(rate, self.num_updates)})
         self.num_updates += 1
 
-    def _accumulate(self, part: slice, stage: ReasonerConfig, parts: int) -> None:
+    @property
+    def draws_noise(self) -> bool:
+        """Whether a step draws random numbers: then parts run one after the other, so that a run can be repeated."""
+        config = self.config
+        return any(
+            (config.reasoner.dropout, config.reasoner.state_noise, config.adapter.dropout, self.settings.feature_noise)
+        )
+
+    def _parts(self, lengths: Sequence[int]) -> list[Tensor]:
+        """The rows in parts of similar length, so that little padding is computed, the longest first.
+
+        On a CPU there are two parts for each thread, if they have `MIN_PART` rows; else as many as accumulation asks.
+        """
+        num_parts = self.settings.gradient_accumulation_steps
+        if self.accelerator.device.type == "cpu":
+            num_parts = max(num_parts, min(2 * torch.get_num_threads(), len(lengths) // MIN_PART))
+        order = torch.tensor(lengths).argsort(descending=True, stable=True)
+        return list(order.chunk(num_parts))
+
+    def _step(self, part: Tensor, examples: Sequence[int], stage: ReasonerConfig) -> PartStep:
+        """One refinement step of some rows, with its gradients."""
         rows, settings = self.rows, self.settings
-        hidden_states, mask, fields, labels = self.train.batch(self.model, rows.examples(part), self.train.num_fields)
+        hidden_states, mask, fields, labels = self.train.batch(self.model, examples, self.train.num_fields)
         if settings.feature_noise > 0:
             scale = hidden_states.float().pow(2).mean(-1, keepdim=True).sqrt()
             hidden_states = hidden_states + settings.feature_noise * scale * torch.randn_like(hidden_states)
-        output = self.wrapped(
+        output: Any = self.model(
             hidden_states,
             mask,
             fields,
@@ -291,20 +343,16 @@ class Trainer:
         )
         loss = output.loss.detach()
         if not torch.isfinite(loss):
-            names = [self.train.examples[row].id for row in rows.examples(part)[:3]]
+            names = [self.train.examples[example].id for example in examples[:3]]
             raise FloatingPointError(
                 f"the loss is {float(loss)} at update {self.num_updates} (rows {names} …): lower "
                 f"training.learning_rate={settings.learning_rate:g} and go on from the last checkpoint with --resume"
             )
-        self.accelerator.backward(output.loss / parts)
-        before, tolerance = rows.y[part], stage.convergence_tolerance
+        gradients = torch.autograd.grad(output.loss, self.weights.parameters, allow_unused=True)
         slot_mask = F.pad(fields.field_mask, (0, stage.num_tape_slots), value=True)
-        wants = has_halted(stage.halting, output.halt_logits.detach(), output.state.y, before, slot_mask, tolerance)
-        rows.advance(part, output.state, wants.cpu(), stage.max_steps)
-        finished = rows.halted[part]
-        means = {"loss": loss, **output.metrics}
-        self._count({name: float(value) for name, value in means.items()}, 1 / parts)
-        self._count({"rows_finished": float(finished.sum()), "steps": float(rows.steps[part][finished].sum())})
+        signs = output.halt_logits.detach(), output.state.y, rows.y[part], slot_mask, stage.convergence_tolerance
+        wants_halt = has_halted(stage.halting, *signs).cpu()
+        return PartStep(output.state, {"loss": loss, **output.metrics}, gradients, wants_halt)
 
     def stage(self) -> ReasonerConfig:
         """The recursion numbers of this update."""

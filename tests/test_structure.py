@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hybrid"
 # Each module may import only from those before it.
 ORDER = [
-    "config", "layers", "backbone", "features", "adapter", "reasoner", "decoder", "losses", "hub", "model", "data",
-    "batches", "inference", "evaluation", "baselines", "training", "quickstart", "cli",
+    "config", "layers", "parallel", "backbone", "features", "adapter", "reasoner", "decoder", "losses", "hub", "model",
+    "data", "batches", "inference", "evaluation", "baselines", "training", "quickstart", "cli",
 ]  # fmt: skip
 
 

@@ -169,7 +169,7 @@ def test_loss_that_is_not_finite_names_update_and_fix(folder, backbone):
     trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
     trainer.update()
     before = [master.clone() for master in trainer.weights.masters]
-    trainer.weights.parameters[0].grad = torch.full_like(trainer.weights.parameters[0], float("inf"))
+    trainer.weights.masters[0].grad = torch.full_like(trainer.weights.masters[0], float("inf"))
     with pytest.raises(FloatingPointError, match="the gradient is not finite"):
         trainer.weights.update(1e-3, 1)
     assert all(torch.equal(one, other) for one, other in zip(before, trainer.weights.masters, strict=True))
@@ -221,7 +221,7 @@ def test_curriculum_draws_only_what_is_shallow_enough(folder, backbone):
     for _ in range(12):
         trainer.rows.halted[:] = True
         trainer.update()
-        drawn.append({trainer.train.examples[row].depth for row in trainer.rows.examples(slice(None))})
+        drawn.append({trainer.train.examples[row].depth for row in trainer.rows.examples()})
     assert drawn[:3] == [{1}] * 3 and {1, 2} in drawn[3:]
     config.training.recursion_schedule = [RecursionStage(max_depth=0)]
     with pytest.raises(ValueError, match="max_depth=0, and all rows are deeper"):
