@@ -239,7 +239,8 @@ class TrainingConfig:
         num_updates: Optimizer updates.
         batch_size: Rows per update over all processes and accumulation steps.
         gradient_accumulation_steps: Parts in which each process handles its rows.
-        learning_rate: Peak learning rate of AdamW.
+        optimizer: `adamw`, or `muon` for the linear layers with AdamW for the rest (fewer, dearer updates).
+        learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay on matrices; vectors and biases are not decayed.
         betas: AdamW's betas.
         warmup_updates: Linear warm-up.
@@ -263,6 +264,7 @@ class TrainingConfig:
     num_updates: int = 2000
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 5e-4
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)

@@ -122,10 +122,23 @@ class MasterWeights:
         self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in self.parameters]
         self.ema = [master.detach().clone() for master in self.masters]
         self.config = config
-        decayed = [master for master in self.masters if master.ndim > 1]
-        plain = [master for master in self.masters if master.ndim <= 1]
+        self.optimizers = self._make_optimizers(model)
+
+    def _make_optimizers(self, model: HybridModel) -> list[torch.optim.Optimizer]:
+        """AdamW, or Muon for the weights of linear layers with AdamW for the rest."""
+        config, masters = self.config, dict(zip(self.names, self.masters, strict=True))
+        linear = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        muon = [masters.pop(name) for name in linear if len(masters[name]) > 1] if config.optimizer == "muon" else []
+        decayed = [master for master in masters.values() if master.ndim > 1]
+        plain = [master for master in masters.values() if master.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, foreach=True)
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, foreach=True)
+        ]
+        if muon:  # scaled so that AdamW's learning rate and decay serve both (Liu et al. 2025, arXiv:2502.16982)
+            rate, decay = config.learning_rate, config.weight_decay
+            optimizers.append(torch.optim.Muon(muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        return optimizers
 
     def add_gradients(self, gradients: Sequence[Tensor | None], share: float) -> None:
         """Add the gradients of a part's mean loss, weighted by its share of the rows; summed in float32."""
@@ -150,10 +163,11 @@ class MasterWeights:
                 f"the gradient is not finite at update {num_updates}: lower training.learning_rate="
                 f"{self.config.learning_rate:g} and go on from the last checkpoint with --resume"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            optimizer.zero_grad()
         decay = min(self.config.ema_decay, (1 + num_updates) / (10 + num_updates))  # short runs need a short memory
         torch._foreach_lerp_(self.ema, [master.detach() for master in self.masters], 1 - decay)
         self._show(self.masters)
@@ -180,13 +194,15 @@ class MasterWeights:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on."""
         masters = [master.detach() for master in self.masters]
-        return {"masters": masters, "ema": self.ema, "optimizer": self.optimizer.state_dict()}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"masters": masters, "ema": self.ema, "optimizers": optimizers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         for target, source in ((self.masters, state["masters"]), (self.ema, state["ema"])):
             torch._foreach_copy_([weight.detach() for weight in target], source)
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self._show(self.masters)
 
 

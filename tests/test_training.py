@@ -65,11 +65,21 @@ def test_training_learns_and_leaves_the_backbone_as_it_was(folder, backbone):
     assert yaml.safe_load((best / "run.yaml").read_text()) == to_plain(config)
 
 
-def test_resumed_run_equals_one_that_never_stopped(folder, backbone):
-    dropout = {"feature_noise": 0.1}  # noise too must go on as if nothing had happened
-    whole = tiny_run(folder, output_folder=str(folder / "whole"), **dropout)
+@pytest.fixture
+def two_threads(monkeypatch):
+    """Parts of a batch in two threads, whatever their size."""
+    monkeypatch.setattr("hybrid.training.MIN_PART", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("settings", [{"feature_noise": 0.1}, {"optimizer": "muon"}])
+def test_resumed_run_equals_one_that_never_stopped(folder, backbone, two_threads, settings):
+    whole = tiny_run(folder, output_folder=str(folder / "whole"), **settings)
     train(whole, backbone=backbone)
-    stopped = tiny_run(folder, output_folder=str(folder / "stopped"), **dropout)
+    stopped = tiny_run(folder, output_folder=str(folder / "stopped"), **settings)
     trainer = Trainer(stopped, *prepare(stopped, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
     (folder / "stopped").mkdir()
     for _ in range(5):
@@ -83,6 +93,42 @@ def test_resumed_run_equals_one_that_never_stopped(folder, backbone):
     assert curve(folder / "stopped") == curve(folder / "whole")
     for name, weight in weights(folder / "whole" / "last").items():
         torch.testing.assert_close(weight, weights(folder / "stopped" / "last")[name], rtol=0, atol=0)
+
+
+def test_parts_hold_rows_of_similar_length_and_each_row_once(folder, backbone, two_threads):
+    trainer = Trainer(
+        tiny_run(folder), *prepare(tiny_run(folder), Accelerator(cpu=True), backbone), Accelerator(cpu=True)
+    )
+    lengths = torch.randint(20, 160, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = trainer._parts(lengths)
+    assert len(parts) == 4 and sorted(torch.cat(parts).tolist()) == list(range(64))
+    padded = sum(max(lengths[row] for row in part.tolist()) * len(part) for part in parts)
+    assert 1 - sum(lengths) / padded < 0.2 < 1 - sum(lengths) / (64 * max(lengths))  # against one part
+
+
+def test_threads_change_the_training_by_rounding_only(folder, backbone, two_threads):
+    train(tiny_run(folder, output_folder=str(folder / "two")), backbone=backbone)
+    torch.set_num_threads(1)
+    train(tiny_run(folder, output_folder=str(folder / "one")), backbone=backbone)
+    for name, weight in weights(folder / "one" / "last").items():
+        torch.testing.assert_close(weight, weights(folder / "two" / "last")[name], rtol=1e-4, atol=1e-5)
+
+
+def test_muon_takes_the_linear_layers_and_adamw_the_rest(folder, backbone):
+    config = tiny_run(folder, optimizer="muon")
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    adamw, muon = ([p for group in o.param_groups for p in group["params"]] for o in trainer.weights.optimizers)
+    assert len(adamw) + len(muon) == len(trainer.weights.masters)
+    names = {
+        name
+        for name, master in zip(trainer.weights.names, trainer.weights.masters, strict=False)
+        if any(master is p for p in muon)
+    }
+    assert "adapter.projection.weight" in names and "reasoner.networks.0.layers.1.mlp.down.weight" in names
+    assert not any("halt_head" in name or "tape" in name or "residual" in name for name in names)
+    first = trainer.weights.masters[0].clone()
+    trainer.update()
+    assert not torch.equal(first, trainer.weights.masters[0])
 
 
 def test_accumulation_equals_one_large_batch(folder, backbone):
