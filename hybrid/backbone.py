@@ -195,6 +195,12 @@ class Backbone:
         """How many of them."""
         return len(self.stored_layers)
 
+    @property
+    def num_block_parameters(self) -> int:
+        """Parameters of the blocks that a pass runs: all of them up to the highest layer read."""
+        blocks = list(_find_blocks(self._encoder, self.num_layers) or [])[: max(self.layers)]
+        return sum(parameter.numel() for block in blocks for parameter in block.parameters())
+
     def fingerprint(self) -> dict[str, Any]:
         """What the hidden states depend on, beside the text."""
         return {

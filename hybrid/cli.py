@@ -20,6 +20,7 @@ USAGE = """usage: hybrid COMMAND [options]      (hybrid COMMAND --help tells a c
   ask HEAD "question" [--choices a,b] answer one question
   embed CONFIG.yaml                   fill the feature cache ahead of training
   probe CONFIG.yaml                   linear-probe accuracy of every backbone layer: which layers to use
+  bench [HEAD] [--trm-path FOLDER]    speed of the three loops beside the machine's and others
   env                                 versions, for bug reports
 
 Set HYBRID_DEBUG=1 to see where an error comes from."""
@@ -206,15 +207,20 @@ def _step_numbers(text: str) -> list[int]:
     return steps
 
 
+def _run_of_head(folder: Path) -> RunConfig:
+    """The run that made a head."""
+    path = folder / "run.yaml"
+    if not path.exists():
+        raise ValueError(f"{folder} has no run.yaml, which says what data it was trained on")
+    return run_config([str(path)], "eval")[0]
+
+
 def _config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
     """The run that made a head, read for evaluation, and the role of the split to evaluate.
 
     `--split` takes a role (`valid` is the run's own validation split, which may be a slice) or the name of a split.
     """
-    path = folder / "run.yaml"
-    if not path.exists():
-        raise ValueError(f"{folder} has no run.yaml, which says what data it was trained on")
-    config, _ = run_config([str(path)], "eval")
+    config = _run_of_head(folder)
     config.data.path = parsed.data or config.data.path
     role = parsed.split if parsed.split in ("train", "valid", "test") else "test"
     config.data.test_split = config.data.test_split if parsed.split in (None, role) else parsed.split
@@ -264,6 +270,51 @@ def command_ask(arguments: Sequence[str]) -> None:
         print(f"import {imported - start:.2f} s, load {loaded - imported:.2f} s, answer {end - loaded:.2f} s")
 
 
+def command_bench(arguments: Sequence[str]) -> None:
+    """Measure speed."""
+    parser = _parser("hybrid bench: speed of embedding, training and answering; under 10 minutes on two cores")
+    parser.add_argument("head", type=str | None, nargs="?", default=None, help="a trained head, to time answers")
+    parser.add_argument("--data", type=str | None, default=None, help="files of questions, separated by commas")
+    parser.add_argument("--trm-path", type=str | None, default=None, help="checkout of the TRM reference code")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument("--md", type=bool, nargs="?", const=True, default=False, help="print the table as Markdown")
+    parser.add_argument("--output", type=str, default="bench.json", help="result file")
+    parsed = _parse(parser, arguments)
+    import shlex
+    from dataclasses import replace
+    from pathlib import Path
+
+    from hybrid.backbone import load_backbone
+    from hybrid.bench import markdown_table, run_bench
+    from hybrid.config import ReasonerConfig
+    from hybrid.data import load_examples
+    from hybrid.evaluation import provenance, write_results
+    from hybrid.quickstart import quickstart_config
+
+    if parsed.trm_path is not None and not (Path(parsed.trm_path) / "models").is_dir():
+        raise ValueError(
+            f"--trm-path {parsed.trm_path}: no folder `models` there; give a checkout of the reference code"
+        )
+    Path(parsed.output).parent.mkdir(parents=True, exist_ok=True)
+    config = replace(quickstart_config("runs/bench"), reasoner=ReasonerConfig())
+    if parsed.data is not None:
+        config.data = replace(config.data, choices=None)
+    paths = [str(path) for path in (parsed.data or config.data.path or "").split(",")]
+    texts = {}
+    for path in paths:
+        texts[Path(path).stem] = load_examples(replace(config.data, path=path, max_train_examples=400), "train")
+    config.data = replace(config.data, path=paths[0], max_train_examples=640, max_eval_examples=64)
+    head = None
+    if parsed.head is not None:
+        run = _run_of_head(Path(parsed.head))
+        head = parsed.head, load_examples(replace(run.data, max_eval_examples=256), "valid")
+    backbone = load_backbone(config.backbone, parsed.device)
+    results = run_bench(backbone, config, texts, head, parsed.trm_path)
+    results |= provenance(shlex.join(["hybrid", "bench", *arguments]), config.training.seed)
+    write_results(Path(parsed.output), results)
+    print(markdown_table(results) if parsed.md else f"written: {parsed.output}")
+
+
 def command_env(arguments: Sequence[str]) -> None:
     """Print versions."""
     import platform
@@ -298,5 +349,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "ask": command_ask,
     "embed": command_embed,
     "probe": command_probe,
+    "bench": command_bench,
     "env": command_env,
 }

@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from hybrid.bench import markdown_table
 from hybrid.evaluation import accuracy_lines
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +26,10 @@ def render(text: str) -> str:
         content = (ROOT / name).read_text()
         if kind == "table":
             results = json.loads(content)
-            body = f"`{results['command']}`, n and 95% intervals as shown:\n\n{accuracy_lines(results)}\n"
+            if "rows" in results:
+                body = f"`{results['command']}`, {results['device']}:\n\n{markdown_table(results)}\n"
+            else:
+                body = f"`{results['command']}`, n and 95% intervals as shown:\n\n{accuracy_lines(results)}\n"
         else:
             body = f"```\n{content.rstrip()}\n```\n"
         return f"{start}{body}{end}"
