@@ -110,7 +110,6 @@ class Backbone:
             for layer, block in enumerate(_find_blocks(view, self.num_layers) or [], start=1):
                 block.register_forward_hook(partial(_keep, layer))
         self._is_causal: bool | None = None
-        self._compiled = False
         self._vocabulary_statistics: tuple[Tensor, Tensor] | None = None
         self._prefix, self._suffix = _special_tokens_around(tokenizer)
 
@@ -331,14 +330,20 @@ class Backbone:
         Returns:
             Whether the blocks are compiled.
         """
-        if self._compiled:
+        view: Any = self._short_encoder
+        if view is self._encoder:  # the model itself, which others may use too
+            return False
+        if getattr(view, "has_compiled_blocks", False):
             return True
-        blocks = _find_blocks(self._short_encoder, self.num_layers) or []
+        blocks = _find_blocks(view, self.num_layers) or []
         plain = [block.forward for block in blocks]
         for block in blocks:
             block.forward = torch.compile(block.forward, dynamic=True)
         try:
-            self._run_to([self.num_layers], torch.ones(2, 8, dtype=torch.long, device=self.device), None)
+            token_ids = torch.ones(2, 8, dtype=torch.long)
+            self._run_to([self.num_layers], token_ids, None)
+            if not self.is_causal:
+                self._run_to([self.num_layers], token_ids, torch.tensor([[True] * 8, [True] * 7 + [False]]))
         except Exception as error:  # whatever a compiler raises
             for block, forward in zip(blocks, plain, strict=True):
                 block.forward = forward
@@ -346,7 +351,7 @@ class Backbone:
                 f"torch.compile failed, going on without: {' '.join(str(error).split())[:300]}", stacklevel=2
             )
             return False
-        self._compiled = True
+        view.has_compiled_blocks = True
         return True
 
     def _run_to(self, layers: list[int], token_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -362,7 +367,7 @@ class Backbone:
         except _ReachedHighestLayer:
             pass
         finally:
-            _reading.layers, states = (), _reading.states
+            states, _reading.layers, _reading.states = _reading.states, (), {}
         return [states[layer] for layer in layers]
 
 

@@ -308,6 +308,7 @@ def command_bench(arguments: Sequence[str]) -> None:
     if parsed.head is not None:
         run = _run_of_head(Path(parsed.head))
         head = parsed.head, load_examples(replace(run.data, max_eval_examples=256), "valid")
+        config.backbone = run.backbone
     backbone = load_backbone(config.backbone, parsed.device)
     results = run_bench(backbone, config, texts, head, parsed.trm_path)
     results |= provenance(shlex.join(["hybrid", "bench", *arguments]), config.training.seed)

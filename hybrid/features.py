@@ -2,7 +2,7 @@
 
 One LMDB environment per fingerprint (everything that the states depend on, beside the text), shared by data sets and
 splits, because a key is a hash of the text alone. A batch is written in one transaction, so a killed run loses at
-most the batch in flight; readers of any process see whole batches only, and copy straight from the memory map.
+most the batches in flight; readers of any process see whole batches only, and copy straight from the memory map.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import os
 import struct
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -369,8 +369,9 @@ def fill_cache(
             backbone.compile()
         states = map_in_threads(compute, batches)
     else:
-        states = map(compute, batches)
-    with tqdm(total=sum(lengths), desc="hidden states", unit="tok", unit_scale=True, disable=not progress) as bar:
+        states = (compute(batch) for batch in batches)
+    bar = tqdm(total=sum(lengths), desc="hidden states", unit="tok", unit_scale=True, disable=not progress)
+    with bar, closing(states):
         for batch, batch_states in zip(batches, states, strict=True):
             chosen = [prompts[index] for index in batch]
             token_ids = [torch.tensor(prompt.token_ids[prompt.memory_start : prompt.memory_stop]) for prompt in chosen]

@@ -2,8 +2,8 @@
 
 One update is one refinement step for every row of the batch. A row keeps its state from update to update until it
 halts; then its place is taken by the next example of its own stream. Because each row draws from its own stream, what
-it sees does not depend on the number of processes; because noise is seeded by the update, a resumed run goes on as if
-it had never stopped.
+it sees does not depend on the number of processes; because noise is seeded by the update, a run resumed on the same
+number of threads goes on as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -245,6 +245,9 @@ class Trainer:
         dtype = {"auto": native, "bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.precision]
         self.train, self.valid = train, valid
         self.model = model.to(accelerator.device)
+        if accelerator.num_processes > 1:  # machines may differ in the last bit of what they embed or draw
+            for tensor in (*model.parameters(), *model.buffers()):
+                torch.distributed.broadcast(tensor.data, 0)
         self.weights = MasterWeights(model, self.settings)  # before rounding to bfloat16
         self.model.to(dtype)
         local = self.settings.batch_size // accelerator.num_processes
@@ -256,6 +259,14 @@ class Trainer:
             accelerator.device,
             dtype,
         )
+        # Threads share one random generator, so with noise the parts run one after the other: a run can be repeated.
+        noise = (
+            config.reasoner.dropout,
+            config.reasoner.state_noise,
+            config.adapter.dropout,
+            self.settings.feature_noise,
+        )
+        self.in_threads = accelerator.device.type == "cpu" and not any(noise)
         self.num_updates, self.seconds, self.best_accuracy, self.num_bad = 0, 0.0, -1.0, 0
         self.window: dict[str, float] = {}
         self.stop_requested, self.finished = False, False
@@ -303,7 +314,7 @@ class Trainer:
         self.rows.refill(settings.halt_exploration, stage.max_steps, self.accepts)
         examples = self.rows.examples()
         parts = self._parts([self.train.lengths[example] for example in examples])
-        run = map if self.draws_noise or self.accelerator.device.type != "cpu" else map_in_threads
+        run = map_in_threads if self.in_threads else map
         steps = run(lambda part: self._step(part, [examples[row] for row in part.tolist()], stage), parts)
         for part, step in zip(parts, steps, strict=True):
             share = len(part) / len(examples)
@@ -319,14 +330,6 @@ class Trainer:
         rate = learning_rate(settings, self.num_updates)
         self._count({"gradient_norm": self.weights.update(rate, self.num_updates)})
         self.num_updates += 1
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether a step draws random numbers: then parts run one after the other, so that a run can be repeated."""
-        config = self.config
-        return any(
-            (config.reasoner.dropout, config.reasoner.state_noise, config.adapter.dropout, self.settings.feature_noise)
-        )
 
     def _parts(self, lengths: Sequence[int]) -> list[Tensor]:
         """The rows in parts of similar length, so that little padding is computed, the longest first.

@@ -245,6 +245,12 @@ def test_each_thread_takes_a_batch_of_its_own_and_results_keep_their_order(tmp_p
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
+        failing = FakeBackbone()
+        with open_cache(tmp_path) as cache, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache, "write", lambda items: 1 / 0)
+            with pytest.raises(ZeroDivisionError) as held:  # the error is held, and the threads stop all the same
+                fill_cache(cache, failing, texts, token_budget=40, progress=False)
+        assert held and failing.num_passes <= 2 * 3 and torch.get_num_threads() == 3
         with open_cache(tmp_path) as cache:
             backbone = CountingBackbone(seconds_per_pass=0.01)
             assert fill_cache(cache, backbone, texts, token_budget=40, progress=False) == 60
