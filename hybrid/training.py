@@ -133,7 +133,7 @@ class MasterWeights:
         plain = [master for master in masters.values() if master.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, foreach=True)
+            torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         ]
         if muon:  # scaled so that AdamW's learning rate and decay serve both (Liu et al. 2025, arXiv:2502.16982)
             rate, decay = config.learning_rate, config.weight_decay
