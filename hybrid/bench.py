@@ -190,7 +190,8 @@ def bench_training(bench: Bench, config: RunConfig, trm_path: str | None, folder
         update()
     ours, *theirs = bench.medians(trainer.update, *peers.values(), repeats=5)
     seconds = dict(zip(peers, theirs, strict=True))
-    sizes = f"dim {reasoner.dim}, {num_slots} slots, {reasoner.num_cycles} × ({reasoner.num_latent_passes} + 1) passes"
+    passes = f"{reasoner.num_cycles} × ({reasoner.num_latent_passes} + 1) passes"
+    sizes = f"AdamW, dim {reasoner.dim}, {num_slots} slots, {passes}"
     rows, loop = [], f"training step, batch {batch_size}"
     for name in [*peers, *absent]:
         note = f"{sizes}, gradient through the last cycle" if name in peers else f"skipped: {absent[name]}"
@@ -445,7 +446,7 @@ def run_bench(
 def _told(rows: list[Row]) -> list[Row]:
     for row in rows:
         ratio = f"{row.ratio:.2f}" if row.ratio is not None else "–"
-        _say(f"{row.loop} / {row.against}: {row.ours}, {row.other}, ratio {ratio} ({row.reach})")
+        _say(f"{row.loop} / {row.against}: {row.ours}, {row.other}, ratio {ratio} ({row.reach}) {row.note}")
     return rows
 
 
@@ -455,7 +456,7 @@ def _say(text: str) -> None:
 
 def markdown_table(results: dict[str, Any]) -> str:
     """The rows of a result file as Markdown."""
-    lines = ["| loop | against | ours | other | ratio | to reach | |", "|---|---|---|---|---|---|---|"]
+    lines = ["| loop | against | ours | other | ratio | aim | note |", "|---|---|---|---|---|---|---|"]
     for row in results["rows"]:
         ratio = f"{row['ratio']:.2f}" if row["ratio"] is not None else "–"
         cells = [row["loop"], row["against"], row["ours"], row["other"], ratio, row["reach"], row["note"]]

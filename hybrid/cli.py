@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -210,6 +210,8 @@ def _step_numbers(text: str) -> list[int]:
 def _run_of_head(folder: Path) -> RunConfig:
     """The run that made a head."""
     path = folder / "run.yaml"
+    if not folder.is_dir():
+        raise ValueError(f"no head at {str(folder)!r}: give the folder of a trained head")
     if not path.exists():
         raise ValueError(f"{folder} has no run.yaml, which says what data it was trained on")
     return run_config([str(path)], "eval")[0]
@@ -274,9 +276,14 @@ def command_bench(arguments: Sequence[str]) -> None:
     """Measure speed."""
     parser = _parser("hybrid bench: speed of embedding, training and answering; under 10 minutes on two cores")
     parser.add_argument("head", type=str | None, nargs="?", default=None, help="a trained head, to time answers")
-    parser.add_argument("--data", type=str | None, default=None, help="files of questions, separated by commas")
+    parser.add_argument(
+        "--data",
+        type=str | None,
+        default=None,
+        help="files of questions, separated by commas; training takes the first",
+    )
     parser.add_argument("--trm-path", type=str | None, default=None, help="checkout of the TRM reference code")
-    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to measure")
     parser.add_argument("--md", type=bool, nargs="?", const=True, default=False, help="print the table as Markdown")
     parser.add_argument("--output", type=str, default="bench.json", help="result file")
     parsed = _parse(parser, arguments)
@@ -284,22 +291,28 @@ def command_bench(arguments: Sequence[str]) -> None:
     from dataclasses import replace
     from pathlib import Path
 
+    import torch
+
     from hybrid.backbone import load_backbone
     from hybrid.bench import markdown_table, run_bench
     from hybrid.config import ReasonerConfig
     from hybrid.data import load_examples
     from hybrid.evaluation import provenance, write_results
+    from hybrid.hub import check_head_folder
     from hybrid.quickstart import quickstart_config
 
-    if parsed.trm_path is not None and not (Path(parsed.trm_path) / "models").is_dir():
-        raise ValueError(
-            f"--trm-path {parsed.trm_path}: no folder `models` there; give a checkout of the reference code"
-        )
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu")
+    trm_file = "models/recursive_reasoning/trm.py"
+    if parsed.trm_path is not None and not (Path(parsed.trm_path) / trm_file).exists():
+        raise ValueError(f"--trm-path {parsed.trm_path}: no {trm_file} there; give a checkout of the reference code")
+    if Path(parsed.output).is_dir():
+        raise ValueError(f"--output {parsed.output} is a folder: give a file")
     Path(parsed.output).parent.mkdir(parents=True, exist_ok=True)
     config = replace(quickstart_config("runs/bench"), reasoner=ReasonerConfig())
     if parsed.data is not None:
         config.data = replace(config.data, choices=None)
-    paths = [str(path) for path in (parsed.data or config.data.path or "").split(",")]
+    paths = [path.strip() for path in (parsed.data or config.data.path or "").split(",")]
     texts = {}
     for path in paths:
         texts[Path(path).stem] = load_examples(replace(config.data, path=path, max_train_examples=400), "train")
@@ -307,6 +320,7 @@ def command_bench(arguments: Sequence[str]) -> None:
     head = None
     if parsed.head is not None:
         run = _run_of_head(Path(parsed.head))
+        check_head_folder(Path(parsed.head))
         head = parsed.head, load_examples(replace(run.data, max_eval_examples=256), "valid")
         config.backbone = run.backbone
     backbone = load_backbone(config.backbone, parsed.device)

@@ -65,10 +65,13 @@ def test_rows_without_a_ratio_show_a_dash():
 
 def test_wrong_arguments_fail_before_the_long_work(tmp_path, capsys):
     for arguments, message in (
-        (["--trm-path", str(tmp_path)], "no folder `models`"),
+        (["--trm-path", str(tmp_path)], "no models/recursive_reasoning/trm.py"),
+        ([str(tmp_path / "missing")], "no head at"),
+        (["--output", str(tmp_path)], "is a folder"),
+        (["--device", "gpu"], "gpu"),
         ([str(tmp_path)], "has no run.yaml"),
         (["--data", str(tmp_path / "missing.jsonl")], "missing.jsonl"),
     ):
         with pytest.raises(SystemExit):
-            main(["bench", *arguments, "--output", str(tmp_path / "bench.json")])
+            main(["bench", "--output", str(tmp_path / "bench.json"), *arguments])
         assert message in capsys.readouterr().err
