@@ -257,8 +257,8 @@ def trm_update(
         raise ImportError("give --trm-path, a checkout of SamsungSAILMontreal/TinyRecursiveModels")
     if path not in sys.path:
         sys.path.insert(0, path)
-    from models.losses import ACTLossHead  # ty: ignore[unresolved-import]
-    from models.recursive_reasoning.trm import (  # ty: ignore[unresolved-import]
+    from models.losses import ACTLossHead  # ty: ignore[import-not-found]
+    from models.recursive_reasoning.trm import (  # ty: ignore[import-not-found]
         TinyRecursiveReasoningModel_ACTV1,
     )
 
@@ -296,8 +296,8 @@ def lucidrains_update(
     reasoner: ReasonerConfig, batch_size: int, seq_len: int, device: torch.device
 ) -> Callable[[], None]:
     """One training update of the `tiny-recursive-model` package at our sizes, in bfloat16 where that is native."""
-    from tiny_recursive_model import TinyRecursiveModel  # ty: ignore[unresolved-import]
-    from x_transformers import Encoder  # ty: ignore[unresolved-import]
+    from tiny_recursive_model import TinyRecursiveModel  # ty: ignore[import-not-found]
+    from x_transformers import Encoder  # ty: ignore[import-not-found]
 
     network = Encoder(
         dim=reasoner.dim, depth=reasoner.num_layers, heads=reasoner.num_heads, attn_flash=True, use_rmsnorm=True,
