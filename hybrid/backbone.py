@@ -106,6 +106,7 @@ class Backbone:
         encoder = model.get_encoder() if config.is_encoder_decoder else getattr(model, "base_model", model)
         self._short_encoder: nn.Module = _short_encoder(encoder, self.device)
         self._encoder: nn.Module = encoder
+        self._has_blocks = _find_blocks(encoder, self.num_layers) is not None
         for view in {encoder, self._short_encoder}:
             for layer, block in enumerate(_find_blocks(view, self.num_layers) or [], start=1):
                 block.register_forward_hook(partial(_keep, layer))
@@ -358,7 +359,7 @@ class Backbone:
         is_short = token_ids.shape[1] <= SHORT and self.device.type == "cpu"
         encoder = self._short_encoder if is_short else self._encoder
         inputs = {"input_ids": token_ids, "attention_mask": mask}
-        if _find_blocks(encoder, self.num_layers) is None:  # no plain list of blocks: ask for every state
+        if not self._has_blocks:  # no plain list of blocks: ask for every state
             output = encoder(**inputs, output_hidden_states=True)
             return [output.hidden_states[layer] for layer in layers]
         _reading.layers, _reading.states = layers, {}
@@ -419,13 +420,10 @@ def _find_blocks(encoder: nn.Module, num_layers: int) -> nn.ModuleList | None:
 
 def _short_encoder(encoder: nn.Module, device: torch.device) -> nn.Module:
     """The encoder for texts up to `SHORT` tokens: on a CPU, a view of the same weights with plain attention."""
-    if (
-        device.type != "cpu"
-        or not isinstance(encoder, PreTrainedModel)
-        or encoder.config._attn_implementation != "sdpa"
-    ):
+    attention = encoder.config._attn_implementation if isinstance(encoder, PreTrainedModel) else None
+    if device.type != "cpu" or attention != "sdpa" or hasattr(encoder.config, "quantization_config"):
         return encoder
-    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
+    shared = {id(parameter): parameter for parameter in encoder.parameters()}  # not buffers: some models write to them
     view = copy.deepcopy(encoder, shared)
     view.set_attn_implementation("eager")
     return view

@@ -27,7 +27,11 @@ def results(tmp_path_factory, backbone, backbone_folder):
         choices=CHOICES,
     )
     head.save_pretrained(folder / "head")
-    return run_bench(backbone, config, {"chains": chain_examples(40)}, (str(folder / "head"), chain_examples(24)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hybrid.bench.REPEATS", 1)
+        patch.setattr("hybrid.bench.MATRIX", 64)
+        patch.setattr("hybrid.backbone.Backbone.compile", lambda backbone: False)  # slow; test_backbone.py tries it
+        return run_bench(backbone, config, {"chains": chain_examples(40)}, (str(folder / "head"), chain_examples(24)))
 
 
 def test_every_row_is_measured_and_absent_peers_are_named(results):
