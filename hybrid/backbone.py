@@ -420,8 +420,9 @@ def _find_blocks(encoder: nn.Module, num_layers: int) -> nn.ModuleList | None:
 
 def _short_encoder(encoder: nn.Module, device: torch.device) -> nn.Module:
     """The encoder for texts up to `SHORT` tokens: on a CPU, a view of the same weights with plain attention."""
-    attention = encoder.config._attn_implementation if isinstance(encoder, PreTrainedModel) else None
-    if device.type != "cpu" or attention != "sdpa" or hasattr(encoder.config, "quantization_config"):
+    if device.type != "cpu" or not isinstance(encoder, PreTrainedModel):
+        return encoder
+    if encoder.config._attn_implementation != "sdpa" or hasattr(encoder.config, "quantization_config"):
         return encoder
     shared = {id(parameter): parameter for parameter in encoder.parameters()}  # not buffers: some models write to them
     view = copy.deepcopy(encoder, shared)
