@@ -97,6 +97,10 @@ class ReasonerConfig:
         num_gradient_cycles: Cycles at the end of a refinement step that carry gradient; 1 in HRM and TRM,
             `num_cycles` for full backpropagation.
         tie_levels: One network for both levels (z and y); `False` gives each its own.
+        refine_memory: Make each memory vector a slot with a state of its own, which every pass refines, as each
+            position of TRM's input has one. `False` keeps memory as it is, to be read only: cheaper on long texts.
+        rotary: Rotary positions in attention; field and tape slots stand behind the last token. Without them, order
+            is known only from the hidden states.
         max_steps: Refinement steps at most, in training and by default at inference (N_sup).
         halting: `learned` (the q head), `convergence` (the answer latent stops moving) or `never`.
         convergence_tolerance: Relative change of y below which a row has converged.
@@ -113,6 +117,8 @@ class ReasonerConfig:
     num_cycles: int = 3
     num_gradient_cycles: int = 1
     tie_levels: bool = True
+    refine_memory: bool = False
+    rotary: bool = False
     max_steps: int = 16
     halting: Literal["learned", "convergence", "never"] = "learned"
     convergence_tolerance: float = 0.01
@@ -214,14 +220,12 @@ class RecursionStage:
         num_latent_passes: Updates of z in a cycle (n).
         num_cycles: Cycles in a refinement step (T).
         max_steps: Refinement steps at most.
-        max_depth: Draw only examples up to this depth (curriculum); `None` draws all.
     """
 
     start: int = 0
     num_latent_passes: int | None = None
     num_cycles: int | None = None
     max_steps: int | None = None
-    max_depth: int | None = None
 
     def __post_init__(self):
         _check(self.start >= 0, "recursion_schedule.start", self.start, "a number ≥ 0")
@@ -250,7 +254,9 @@ class TrainingConfig:
         precision: `bf16` computes in bfloat16 with float32 master weights; `auto` picks it where it is native.
         halt_exploration: Fraction of rows that must run a random number of steps before they may halt.
         halt_loss_weight: Weight of the halting loss beside the answer loss.
-        recursion_schedule: Stages that grow the recursion, and the depth of the questions.
+        recursion_schedule: Stages that grow the recursion.
+        curriculum: Draw the shallowest training depth first, and add the next one as soon as this share of the
+            deepest drawn so far is answered right; `None` draws all depths from the start.
         feature_noise: Standard deviation of noise on the (unit-variance) hidden states.
         eval_every: Updates between evaluations on the validation split.
         save_every: Updates between checkpoints.
@@ -276,6 +282,7 @@ class TrainingConfig:
     halt_exploration: float = 0.1
     halt_loss_weight: float = 0.5
     recursion_schedule: list[RecursionStage] = field(default_factory=list)
+    curriculum: float | None = None
     feature_noise: float = 0.0
     eval_every: int = 500
     save_every: int = 250
@@ -295,6 +302,12 @@ class TrainingConfig:
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "a number ≥ 0")
         _check(all(0 <= beta < 1 for beta in self.betas), "training.betas", self.betas, "two numbers in [0, 1)")
         _check(self.patience is None or self.patience > 0, "training.patience", self.patience, "> 0, or null")
+        _check(
+            self.curriculum is None or 0 < self.curriculum <= 1,
+            "training.curriculum",
+            self.curriculum,
+            "a share in (0, 1], or null",
+        )
         _check(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
         _check(0 <= self.halt_exploration <= 1, "training.halt_exploration", self.halt_exploration, "in [0, 1]")
         _check(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 NORM_EPSILON = 1e-5
@@ -23,6 +23,31 @@ def init_linear_(module: nn.Module) -> None:
             nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def rotation(
+    positions: Int[Tensor, "batch length"], head_dim: int, base: float = 1000.0
+) -> tuple[Float[Tensor, "batch 1 length quarter"], Float[Tensor, "batch 1 length quarter"]]:
+    """Cosines and sines of rotary positions (Su et al. 2021, arXiv:2104.09864) for half of a head's width.
+
+    The other half stays free of position, so that what a token is can be compared wherever it stands.
+    """
+    quarter = head_dim // 4
+    frequencies = base ** -(torch.arange(quarter, device=positions.device) / quarter)
+    angles = (positions.unsqueeze(-1) * frequencies).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(
+    x: Float[Tensor, "batch heads length head_dim"], cosines_and_sines: tuple[Tensor, Tensor] | None
+) -> Float[Tensor, "batch heads length head_dim"]:
+    """Turn queries or keys by their positions; `None` leaves them."""
+    if cosines_and_sines is None:
+        return x
+    cosine, sine = (table.to(x.dtype) for table in cosines_and_sines)
+    quarter = cosine.shape[-1]
+    first, second, rest = x.split([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine, rest], dim=-1)
 
 
 class SwiGLU(nn.Module):
@@ -56,12 +81,12 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def project_memory(
-        self, memory: Float[Tensor, "batch tokens dim"]
+        self, memory: Float[Tensor, "batch tokens dim"], turn: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
-        """Keys and values of the memory."""
+        """Keys, turned by their positions, and values of the memory."""
         dim = memory.shape[-1]
         key, value = F.linear(memory, self.query_key_value.weight[dim:]).chunk(2, dim=-1)
-        return self._heads(key).contiguous(), self._heads(value).contiguous()
+        return rotate(self._heads(key), turn).contiguous(), self._heads(value).contiguous()
 
     def forward(
         self,
@@ -69,9 +94,11 @@ class Attention(nn.Module):
         memory_key: Float[Tensor, "batch heads tokens head_dim"],
         memory_value: Float[Tensor, "batch heads tokens head_dim"],
         mask: Bool[Tensor, "batch 1 1 keys"] | None,
+        turn: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "batch slots dim"]:
-        """Attend; `mask` is true at the keys (memory, then slots) that exist."""
+        """Attend; `mask` is true at the keys (memory, then slots) that exist, `turn` the `rotation` of the slots."""
         query, key, value = map(self._heads, self.query_key_value(x).chunk(3, dim=-1))
+        query, key = rotate(query, turn), rotate(key, turn)
         if x.device.type == "cpu":
             attended = _attend_by_products(query, (memory_key, key), (memory_value, value), mask)
         else:

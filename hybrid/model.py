@@ -51,6 +51,7 @@ class HybridOutput(ModelOutput):
         scores: Float32 logits of the options, (batch, fields, options).
         halt_logits: The q head, (batch,).
         state: State for the next step.
+        slot_mask: Which slots exist, (batch, slots).
         metrics: Detached parts of the loss.
     """
 
@@ -58,6 +59,7 @@ class HybridOutput(ModelOutput):
     scores: Tensor | None = None
     halt_logits: Tensor | None = None
     state: Any = None
+    slot_mask: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
 
 
@@ -96,6 +98,7 @@ class HybridModel(PreTrainedModel):
             num_cycles=reasoner.num_cycles,
             num_gradient_cycles=reasoner.num_gradient_cycles,
             tie_levels=reasoner.tie_levels,
+            rotary=reasoner.rotary,
             dropout=reasoner.dropout,
         )
         known = config.known_options or []
@@ -338,9 +341,16 @@ class HybridModel(PreTrainedModel):
 
     def encode(self, hidden_states: Tensor, memory_mask: Tensor, fields: FieldBatch) -> Encoded:
         """Adapter, slots, and the memory's keys and values: once per example at inference, once per training step."""
+        positions = memory_mask.sum(1, keepdim=True)  # field and tape slots stand behind the last token
         memory, memory_mask = self.adapter(hidden_states, memory_mask)
         slots, slot_mask = self.decoder.slots(fields)
-        return Encoded(slots, slot_mask, self.reasoner.project_memory(memory, memory_mask, slot_mask))
+        positions = positions.expand(slots.shape[:2])
+        if self.config.reasoner.refine_memory:
+            slots, slot_mask = torch.cat([slots, memory], dim=1), torch.cat([slot_mask, memory_mask], dim=1)
+            places = torch.arange(memory.shape[1], device=memory.device).expand(memory.shape[:2])
+            positions = torch.cat([positions, places], dim=1)
+            memory, memory_mask = memory[:, :0], memory_mask[:, :0]  # nothing is left that is read only
+        return Encoded(slots, slot_mask, self.reasoner.project_memory(memory, memory_mask, slot_mask, positions))
 
     def forward(
         self,
@@ -361,7 +371,7 @@ class HybridModel(PreTrainedModel):
             memory_mask: (batch, tokens), true where a token exists.
             fields: What is asked.
             labels: (batch, fields), number of the right option; -100 where a field does not exist.
-            state: State of the step before; `None` starts anew.
+            state: State of the step before; `None` starts anew. Slots at its end that this batch lacks are ignored.
             fresh: (batch,), rows of `state` to start anew.
             num_latent_passes: Overrides the configuration (n).
             num_cycles: Overrides the configuration (T).
@@ -370,6 +380,9 @@ class HybridModel(PreTrainedModel):
         encoded = self.encode(hidden_states, memory_mask, fields)
         noise = self.config.reasoner.state_noise if self.training else 0.0
         start = self.reasoner.initial_state(encoded.slots.detach(), noise)
+        if state is not None:
+            num_slots = encoded.slots.shape[1]
+            state = ReasonerState(state.y[:, :num_slots], state.z[:, :num_slots])
         if state is not None and fresh is not None:
             keep = ~fresh[:, None, None]
             start = ReasonerState(torch.where(keep, state.y, start.y), torch.where(keep, state.z, start.z))
@@ -379,7 +392,12 @@ class HybridModel(PreTrainedModel):
         scores, halt_logits = self.decoder(y, fields)
         metrics = refinement_loss(scores, halt_logits, labels, halt_loss_weight) if labels is not None else {}
         return HybridOutput(
-            loss=metrics.pop("loss", None), scores=scores, halt_logits=halt_logits, state=state, metrics=metrics
+            loss=metrics.pop("loss", None),
+            scores=scores,
+            halt_logits=halt_logits,
+            state=state,
+            slot_mask=encoded.slot_mask,
+            metrics=metrics,
         )
 
     def answer(self, question: str, **kwargs: Any) -> Answer:

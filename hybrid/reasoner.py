@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hybrid.layers import Attention, SwiGLU, rms_norm
+from hybrid.layers import Attention, SwiGLU, rms_norm, rotation
 
 
 @dataclass
@@ -32,16 +32,25 @@ class ReasonerState:
 
 @dataclass
 class ProjectedMemory:
-    """Keys and values of the memory for every layer of a network, and which keys exist (memory, then slots)."""
+    """What every pass of a network reads beside the slots.
+
+    Attributes:
+        keys: Keys of the memory, for every layer.
+        values: Values of the memory, for every layer.
+        mask: Which keys exist (memory, then slots); `None` if all do.
+        turn: Rotary positions of the slots, if there are any.
+    """
 
     keys: list[Float[Tensor, "batch heads tokens head_dim"]]
     values: list[Float[Tensor, "batch heads tokens head_dim"]]
     mask: Bool[Tensor, "batch 1 1 keys"] | None
+    turn: tuple[Tensor, Tensor] | None = None
 
     def select(self, rows: Tensor) -> ProjectedMemory:
         """The memory of some rows."""
         mask = self.mask[rows] if self.mask is not None else None
-        return ProjectedMemory([key[rows] for key in self.keys], [value[rows] for value in self.values], mask)
+        turn = (self.turn[0][rows], self.turn[1][rows]) if self.turn is not None else None
+        return ProjectedMemory([key[rows] for key in self.keys], [value[rows] for value in self.values], mask, turn)
 
 
 class ReasonerLayer(nn.Module):
@@ -53,9 +62,11 @@ class ReasonerLayer(nn.Module):
         self.mlp = SwiGLU(dim, intermediate_size)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Update the slots; shapes as in `Attention.forward`."""
-        x = rms_norm(x + F.dropout(self.attention(x, key, value, mask), self.dropout, self.training))
+        x = rms_norm(x + F.dropout(self.attention(x, key, value, mask, turn), self.dropout, self.training))
         return rms_norm(x + F.dropout(self.mlp(x), self.dropout, self.training))
 
 
@@ -68,17 +79,24 @@ class ReasonerNetwork(nn.Module):
             ReasonerLayer(dim, num_heads, intermediate_size, dropout) for _ in range(num_layers)
         )
 
-    def project_memory(self, memory: Tensor, mask: Tensor | None) -> ProjectedMemory:
+    def project_memory(
+        self,
+        memory: Tensor,
+        mask: Tensor | None,
+        memory_turn: tuple[Tensor, Tensor] | None = None,
+        slot_turn: tuple[Tensor, Tensor] | None = None,
+    ) -> ProjectedMemory:
         """Keys and values of the memory, to be shared by all passes."""
-        pairs = [layer.attention.project_memory(memory) for layer in cast(Iterable[ReasonerLayer], self.layers)]
-        return ProjectedMemory([key for key, _ in pairs], [value for _, value in pairs], mask)
+        layers = cast(Iterable[ReasonerLayer], self.layers)
+        pairs = [layer.attention.project_memory(memory, memory_turn) for layer in layers]
+        return ProjectedMemory([key for key, _ in pairs], [value for _, value in pairs], mask, slot_turn)
 
     def forward(
         self, x: Float[Tensor, "batch slots dim"], memory: ProjectedMemory
     ) -> Float[Tensor, "batch slots dim"]:
         """One pass."""
         for layer, key, value in zip(self.layers, memory.keys, memory.values, strict=True):
-            x = layer(x, key, value, memory.mask)
+            x = layer(x, key, value, memory.mask, memory.turn)
         return x
 
 
@@ -94,6 +112,7 @@ class RecursiveReasoner(nn.Module):
         num_cycles: Cycles in a refinement step (T).
         num_gradient_cycles: Cycles at the end of a refinement step that carry gradient.
         tie_levels: One network for z and y, or one each.
+        rotary: Whether attention knows positions.
         dropout: Dropout in training.
     """
 
@@ -111,9 +130,11 @@ class RecursiveReasoner(nn.Module):
         num_cycles: int = 3,
         num_gradient_cycles: int = 1,
         tie_levels: bool = True,
+        rotary: bool = False,
         dropout: float = 0.0,
     ):
         super().__init__()
+        self.head_dim, self.rotary = dim // num_heads, rotary
         self.num_latent_passes, self.num_cycles = num_latent_passes, num_cycles
         self.num_gradient_cycles = num_gradient_cycles
         self.networks = nn.ModuleList(
@@ -135,12 +156,25 @@ class RecursiveReasoner(nn.Module):
         memory: Float[Tensor, "batch tokens dim"],
         memory_mask: Bool[Tensor, "batch tokens"],
         slot_mask: Bool[Tensor, "batch slots"],
+        slot_positions: Int[Tensor, "batch slots"] | None = None,
     ) -> list[ProjectedMemory]:
-        """Keys and values of the memory for each network, computed once and read by every pass."""
+        """Keys and values of the memory for each network, computed once and read by every pass.
+
+        Args:
+            memory: The memory; its vectors stand at positions 0, 1, 2, …
+            memory_mask: Which of its vectors exist.
+            slot_mask: Which slots exist.
+            slot_positions: Where the slots stand, needed with `rotary`.
+        """
         mask = torch.cat([memory_mask, slot_mask], dim=1)
         keys_exist = None if bool(mask.all()) else mask[:, None, None]
+        memory_turn = slot_turn = None
+        if self.rotary:
+            assert slot_positions is not None, "rotary positions need slot_positions"
+            memory_positions = torch.arange(memory.shape[1], device=memory.device)[None]
+            memory_turn, slot_turn = rotation(memory_positions, self.head_dim), rotation(slot_positions, self.head_dim)
         networks = cast(Iterable[ReasonerNetwork], self.networks)
-        return [network.project_memory(memory, keys_exist) for network in networks]
+        return [network.project_memory(memory, keys_exist, memory_turn, slot_turn) for network in networks]
 
     def initial_state(self, slots: Float[Tensor, "batch slots dim"], noise: float = 0.0) -> ReasonerState:
         """The state before the first refinement step.
@@ -151,8 +185,10 @@ class RecursiveReasoner(nn.Module):
                 that an answer does not depend on the rest of its batch.
         """
         y, z = self.initial_y.expand_as(slots), self.initial_z.expand_as(slots)
-        if noise > 0:
-            z = z + noise * torch.randn_like(slots if self.training else slots[:1])
+        if noise > 0 and self.training:
+            z = z + noise * torch.randn_like(slots)
+        elif noise > 0:  # slot by slot: what a slot gets does not depend on how many there are
+            z = z + noise * torch.stack([torch.randn_like(slots[0, 0]) for _ in range(slots.shape[1])])
         return ReasonerState(y, z)
 
     # -- the algorithm ---------------------------------------------------------------------------------------------

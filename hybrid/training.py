@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -35,11 +34,13 @@ from hybrid.batches import EmbeddedExamples, common_choices, embed_examples, kno
 from hybrid.config import ReasonerConfig, RecursionStage, RunConfig, TrainingConfig, to_plain
 from hybrid.data import data_fingerprint, load_examples
 from hybrid.evaluation import by_depth, run_steps
+from hybrid.losses import all_fields_right
 from hybrid.model import HybridModel
 from hybrid.parallel import map_in_threads
 from hybrid.reasoner import ReasonerState, has_halted
 
 CHECKPOINT = "checkpoint.pt"
+MASTERY_ROWS = 1000  # rows over which the curriculum follows the share of right answers
 MIN_PART = 16  # rows of a part below which matrix products get slow
 NUM_STATISTICS_TOKENS = 16_384  # training tokens from which the adapter takes means and deviations
 
@@ -103,7 +104,8 @@ class CarriedRows:
 
     def advance(self, part: Tensor, state: ReasonerState, wants: Tensor, max_steps: int) -> None:
         """Keep the new state and mark the rows that are done: those that want to halt and may, or must."""
-        self.y[part], self.z[part] = state.y, state.z
+        num_slots = state.y.shape[1]
+        self.y[part, :num_slots], self.z[part, :num_slots] = state.y, state.z
         self.steps[part] += 1
         self.halted[part] = wants & (self.steps[part] >= self.min_steps[part]) | (self.steps[part] >= max_steps)
 
@@ -208,12 +210,55 @@ class MasterWeights:
 
 @dataclass
 class PartStep:
-    """What a refinement step of some rows gives: their state, means to log, gradients, and which rows want to halt."""
+    """What a refinement step of some rows gives: state, means to log, gradients, who wants to halt, who is right."""
 
     state: ReasonerState
     means: dict[str, Tensor]
     gradients: Sequence[Tensor | None]
     wants_halt: Tensor
+    right: Tensor
+
+
+class Curriculum:
+    """Which depths are drawn: the shallowest first; the next, once the deepest so far is answered well enough.
+
+    Composing two steps is learned once one step is known, at a fraction of the questions. Rows without a depth are
+    always drawn.
+
+    Args:
+        depths: Depth of each training example.
+        threshold: Share of right answers at which the next depth is added; `None` draws all from the start.
+    """
+
+    def __init__(self, depths: Sequence[int | None], threshold: float | None):
+        self.depths, self.threshold = depths, threshold
+        self.levels = sorted({depth for depth in depths if depth is not None})
+        self.level = 0 if threshold is not None else max(0, len(self.levels) - 1)
+        self.mastery = 0.0
+
+    @property
+    def deepest(self) -> int | None:
+        """The deepest depth that is drawn."""
+        return self.levels[self.level] if self.levels else None
+
+    def accepts(self, example: int) -> bool:
+        """Whether a training example may be drawn now."""
+        depth = self.depths[example]
+        return depth is None or self.deepest is None or depth <= self.deepest
+
+    def record(self, examples: Sequence[int], right: Tensor) -> None:
+        """Follow the share of right answers at the deepest level, as a running mean over about `MASTERY_ROWS`."""
+        for example, hit in zip(examples, right.tolist(), strict=True):
+            if self.depths[example] == self.deepest:
+                self.mastery += (hit - self.mastery) / MASTERY_ROWS
+
+    def is_mastered(self) -> bool:
+        """Whether the next depth may be added."""
+        return self.threshold is not None and self.level + 1 < len(self.levels) and self.mastery > self.threshold
+
+    def deepen(self) -> None:
+        """Add the next depth."""
+        self.level, self.mastery = self.level + 1, 0.0
 
 
 class Trainer:
@@ -237,10 +282,6 @@ class Trainer:
     ):
         self.config, self.settings, self.accelerator = config, config.training, accelerator
         self.folder = Path(self.settings.output_folder)
-        shallowest = min((example.depth or 0 for example in train.examples), default=0)
-        for stage in self.settings.recursion_schedule:
-            if stage.max_depth is not None and stage.max_depth < shallowest:
-                raise ValueError(f"recursion_schedule: max_depth={stage.max_depth}, and all rows are deeper")
         native = native_dtype(accelerator.device)
         dtype = {"auto": native, "bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.precision]
         self.train, self.valid = train, valid
@@ -254,11 +295,12 @@ class Trainer:
         self.rows = CarriedRows(
             RowStream(len(train), self.settings.batch_size, self.settings.seed),
             range(accelerator.process_index * local, (accelerator.process_index + 1) * local),
-            train.num_fields + model.config.reasoner.num_tape_slots,
+            num_slots(model, train),
             model.config.reasoner.dim,
             accelerator.device,
             dtype,
         )
+        self.curriculum = Curriculum([example.depth for example in train.examples], self.settings.curriculum)
         # Threads share one random generator, so with noise the parts run one after the other: a run can be repeated.
         noise = (
             config.reasoner.dropout,
@@ -311,7 +353,7 @@ class Trainer:
         settings, stage = self.settings, self.stage()
         torch.manual_seed(hash((settings.seed, self.num_updates, self.accelerator.process_index)) % 2**63)
         self.model.train()
-        self.rows.refill(settings.halt_exploration, stage.max_steps, self.accepts)
+        self.rows.refill(settings.halt_exploration, stage.max_steps, self.curriculum.accepts)
         examples = self.rows.examples()
         parts = self._parts([self.train.lengths[example] for example in examples])
         run = map_in_threads if self.in_threads else map
@@ -320,6 +362,7 @@ class Trainer:
             share = len(part) / len(examples)
             self.weights.add_gradients(step.gradients, share)
             self.rows.advance(part, step.state, step.wants_halt, stage.max_steps)
+            self.curriculum.record([examples[row] for row in part.tolist()], step.right)
             finished = self.rows.halted[part]
             self._count({name: float(value) for name, value in step.means.items()}, share)
             self._count(
@@ -327,6 +370,8 @@ class Trainer:
             )
         if self.accelerator.num_processes > 1:
             self.weights.reduce_gradients(self.accelerator)
+        if self.any_process(self.curriculum.is_mastered()):
+            self.curriculum.deepen()
         rate = learning_rate(settings, self.num_updates)
         self._count({"gradient_norm": self.weights.update(rate, self.num_updates)})
         self.num_updates += 1
@@ -368,10 +413,11 @@ class Trainer:
                 f"training.learning_rate={settings.learning_rate:g} and go on from the last checkpoint with --resume"
             )
         gradients = torch.autograd.grad(output.loss, self.weights.parameters, allow_unused=True)
-        slot_mask = F.pad(fields.field_mask, (0, stage.num_tape_slots), value=True)
-        signs = output.halt_logits.detach(), output.state.y, rows.y[part], slot_mask, stage.convergence_tolerance
+        previous_y = rows.y[part, : output.state.y.shape[1]]
+        signs = output.halt_logits.detach(), output.state.y, previous_y, output.slot_mask, stage.convergence_tolerance
         wants_halt = has_halted(stage.halting, *signs).cpu()
-        return PartStep(output.state, {"loss": loss, **output.metrics}, gradients, wants_halt)
+        right = all_fields_right(output.scores.detach(), labels).cpu()
+        return PartStep(output.state, {"loss": loss, **output.metrics}, gradients, wants_halt, right)
 
     def stage(self) -> ReasonerConfig:
         """The recursion numbers of this update."""
@@ -380,14 +426,6 @@ class Trainer:
             if stage.start <= self.num_updates:
                 _override(numbers, stage)
         return numbers
-
-    def accepts(self, row: int) -> bool:
-        """Whether the curriculum allows a training example at this update."""
-        depth, limit = self.train.examples[row].depth, None
-        for stage in self.settings.recursion_schedule:
-            if stage.start <= self.num_updates:
-                limit = stage.max_depth
-        return limit is None or depth is None or depth <= limit
 
     # -- log, evaluation -------------------------------------------------------------------------------------------
 
@@ -406,6 +444,7 @@ class Trainer:
             **{k: v / self.settings.log_every for k, v in window.items()},
         }
         line["rows_finished"] = finished * self.accelerator.num_processes
+        line["deepest"] = self.curriculum.deepest
         line["mean_steps"] = steps / finished if finished else None
         line["learning_rate"] = learning_rate(self.settings, self.num_updates - 1)
         line["seconds"] = round(self.seconds, 2)
@@ -484,6 +523,7 @@ class Trainer:
             "best_accuracy": self.best_accuracy,
             "num_bad": self.num_bad,
             "window": dict(zip([name for name, _ in window], totals.tolist(), strict=True)),
+            "curriculum": {"level": self.curriculum.level, "mastery": self.curriculum.mastery},
             "weights": self.weights.state_dict(),
             "rows": rows,
         }
@@ -502,6 +542,8 @@ class Trainer:
             raise ValueError("--resume: the training data have changed since the run was stopped; use a new folder")
         for name in ("num_updates", "seconds", "best_accuracy", "num_bad", "window"):
             setattr(self, name, checkpoint[name])
+        self.curriculum.level = checkpoint["curriculum"]["level"]
+        self.curriculum.mastery = checkpoint["curriculum"]["mastery"]
         self.finished = self.num_updates >= self.settings.num_updates or self._out_of_patience()
         self.weights.load_state_dict(checkpoint["weights"])
         local = slice(self.rows.rows.start, self.rows.rows.stop)
@@ -517,6 +559,13 @@ class Trainer:
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["update"] <= self.num_updates]
         path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def num_slots(model: HybridModel, examples: EmbeddedExamples) -> int:
+    """Most slots that a row of these examples has."""
+    reasoner, adapter = model.config.reasoner, model.config.adapter
+    num_vectors = adapter.num_vectors if adapter.kind == "resampler" else max(examples.lengths)
+    return examples.num_fields + reasoner.num_tape_slots + (num_vectors if reasoner.refine_memory else 0)
 
 
 def learning_rate(settings: TrainingConfig, update: int) -> float:

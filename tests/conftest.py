@@ -151,18 +151,23 @@ def tiny_reasoner(**changes) -> ReasonerConfig:
     return ReasonerConfig(**(sizes | {"num_cycles": 2, "max_steps": 3} | changes))
 
 
-@pytest.fixture
-def model(backbone) -> HybridModel:
+def tiny_model(backbone: Backbone, **changes) -> HybridModel:
     """An untrained head in float32."""
     torch.manual_seed(0)
     return HybridModel.from_backbone(
         backbone,
         backbone_config=BackboneConfig(name_or_path="tiny-llama"),
         adapter=AdapterConfig(),
-        reasoner=tiny_reasoner(),
+        reasoner=tiny_reasoner(**changes),
         known_options=CHOICES,
         choices=CHOICES,
     ).eval()
+
+
+@pytest.fixture
+def model(backbone) -> HybridModel:
+    """An untrained head in float32."""
+    return tiny_model(backbone)
 
 
 @pytest.fixture

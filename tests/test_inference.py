@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import CHOICES, chain_examples
+from conftest import CHOICES, chain_examples, tiny_model
 
 from hybrid.decoder import Field
 from hybrid.inference import answer_batch, refine, refine_rollouts
@@ -12,9 +12,11 @@ from hybrid.inference import answer_batch, refine, refine_rollouts
 QUESTIONS = [f"{example.context} {example.question}" for example in chain_examples(7)]
 
 
-@pytest.fixture
-def undecided(model):
+@pytest.fixture(params=["memory read only", "memory refined"])
+def undecided(backbone, request):
     """A head whose rows halt at different steps: its q is random, and centred on what the rows say at first."""
+    refined = request.param == "memory refined"
+    model = tiny_model(backbone, refine_memory=refined, rotary=refined)
     torch.manual_seed(1)
     with torch.no_grad():
         model.decoder.halt_head.weight.normal_()

@@ -104,7 +104,7 @@ def test_memory_is_projected_once_per_refinement_step(monkeypatch):
     module, calls = reasoner(), []
     attention = type(module.networks[0].layers[0].attention)
     original = attention.project_memory
-    monkeypatch.setattr(attention, "project_memory", lambda self, memory: calls.append(1) or original(self, memory))
+    monkeypatch.setattr(attention, "project_memory", lambda *args: calls.append(1) or original(*args))
     module.refinement_step(*inputs(module))
     assert len(calls) == 2  # one per layer, though the step runs 3 · (2 + 1) passes
 
@@ -120,6 +120,27 @@ def test_padding_of_memory_changes_nothing():
     exists = torch.cat([exists, torch.zeros(BATCH, 3, dtype=torch.bool)], dim=1)
     _, same = module.refinement_step(slots, module.project_memory(padded, exists, slot_mask), state)
     torch.testing.assert_close(y, same, rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_positions_tell_the_order_of_the_memory_and_only_distances_count():
+    slots, memory = torch.randn(1, 2, DIM), torch.randn(1, TOKENS, DIM)
+    exists, slot_mask = torch.ones(1, TOKENS, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
+
+    def refined(module, memory, mask, start):
+        positions = torch.full((1, 2), start)
+        projected = module.project_memory(memory, mask, slot_mask, positions)
+        return module.refinement_step(slots, projected, module.initial_state(slots))[1]
+
+    plain, rotary = reasoner(), reasoner(rotary=True)
+    swapped = memory.flip(1)
+    torch.testing.assert_close(
+        refined(plain, memory, exists, 5), refined(plain, swapped, exists, 5), rtol=1e-4, atol=1e-5
+    )
+    base = refined(rotary, memory, exists, 5)
+    assert not torch.allclose(base, refined(rotary, swapped, exists, 5), atol=1e-2)
+    later = torch.cat([torch.zeros(1, 3, DIM), memory], dim=1)  # three absent tokens before it: all moves by three
+    mask = torch.cat([torch.zeros(1, 3, dtype=torch.bool), exists], dim=1)
+    torch.testing.assert_close(base, refined(rotary, later, mask, 8), rtol=1e-4, atol=1e-5)
 
 
 def test_halting():

@@ -17,12 +17,12 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import chain_examples, tiny_run
+from conftest import chain_examples, tiny_reasoner, tiny_run
 
 from hybrid.batches import EmbeddedExamples
 from hybrid.config import RecursionStage, RunConfig, to_plain
 from hybrid.model import HybridModel
-from hybrid.training import CHECKPOINT, RowStream, Trainer, learning_rate, prepare, train
+from hybrid.training import CHECKPOINT, Curriculum, RowStream, Trainer, learning_rate, prepare, train
 
 
 def write_data(folder: Path, number: int = 64) -> None:
@@ -75,11 +75,12 @@ def two_threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("settings", [{"feature_noise": 0.1}, {"optimizer": "muon"}])
+@pytest.mark.parametrize("settings", [{"feature_noise": 0.1}, {"optimizer": "muon", "curriculum": 0.1}])
 def test_resumed_run_equals_one_that_never_stopped(folder, backbone, two_threads, settings):
     whole = tiny_run(folder, output_folder=str(folder / "whole"), **settings)
-    train(whole, backbone=backbone)
     stopped = tiny_run(folder, output_folder=str(folder / "stopped"), **settings)
+    whole.reasoner = stopped.reasoner = tiny_reasoner(refine_memory="curriculum" in settings)
+    train(whole, backbone=backbone)
     trainer = Trainer(stopped, *prepare(stopped, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
     (folder / "stopped").mkdir()
     for _ in range(5):
@@ -261,17 +262,35 @@ def test_finished_rows_are_replaced_and_others_keep_their_state(folder, backbone
 
 
 def test_curriculum_draws_only_what_is_shallow_enough(folder, backbone):
-    config = tiny_run(folder, recursion_schedule=[RecursionStage(max_depth=1), RecursionStage(start=3)])
+    config = tiny_run(folder, curriculum=0.9)
     trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
-    drawn = []
-    for _ in range(12):
-        trainer.rows.halted[:] = True
-        trainer.update()
-        drawn.append({trainer.train.examples[row].depth for row in trainer.rows.examples()})
-    assert drawn[:3] == [{1}] * 3 and {1, 2} in drawn[3:]
-    config.training.recursion_schedule = [RecursionStage(max_depth=0)]
-    with pytest.raises(ValueError, match="max_depth=0, and all rows are deeper"):
-        Trainer(config, trainer.model, trainer.train, trainer.valid, Accelerator(cpu=True))
+
+    def drawn() -> set[int | None]:
+        depths = set()
+        for _ in range(6):
+            trainer.rows.halted[:] = True
+            trainer.update()
+            depths |= {trainer.train.examples[row].depth for row in trainer.rows.examples()}
+        return depths
+
+    assert drawn() == {1} and trainer.curriculum.mastery < 0.9
+    trainer.curriculum.mastery = 0.95
+    trainer.update()
+    assert trainer.curriculum.deepest == 2 and trainer.curriculum.mastery == 0
+    assert drawn() == {1, 2}
+
+
+def test_curriculum_follows_the_deepest_level_alone():
+    curriculum = Curriculum([1, 2, None, 3], 0.5)
+    assert [curriculum.accepts(row) for row in range(4)] == [True, False, True, False]
+    for _ in range(800):
+        curriculum.record([0, 1, 2], torch.tensor([True, False, False]))
+    assert curriculum.mastery > 0.5 and curriculum.is_mastered()
+    curriculum.deepen()
+    curriculum.deepen()
+    curriculum.mastery = 1.0
+    assert curriculum.accepts(3) and not curriculum.is_mastered()  # there is nothing deeper
+    assert Curriculum([1, 3], None).accepts(1) and Curriculum([None], None).accepts(0)
 
 
 def test_patience_ends_a_run_that_gets_no_better(folder, backbone):
