@@ -1,9 +1,11 @@
-"""What a user would use instead of a head: the frozen model's own zero-shot answer, a linear probe of its states."""
+"""What a user would use instead of a head: the frozen model's own answer, probes of its states, other networks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers import DynamicCache
 
 from hybrid.backbone import Backbone, length_batches
 from hybrid.batches import EmbeddedExamples, label_numbers
+from hybrid.config import RunConfig
 from hybrid.data import Example
 from hybrid.decoder import Field
 from hybrid.evaluation import by_depth
@@ -37,7 +40,7 @@ def zero_shot(backbone: Backbone, examples: Sequence[Example], progress: bool = 
     for example in tqdm(examples, unit="question", desc="zero-shot", disable=not progress, leave=False):
         summed, per_byte = [], []
         for field, label in zip(example.fields, label_numbers(example), strict=True):
-            scores = option_log_likelihoods(backbone, _zero_shot_prompt(example, field), field.options)
+            scores = option_log_likelihoods(backbone, answer_prompt(example, field), field.options)
             num_bytes = torch.tensor([len(option.encode()) for option in field.options])
             summed.append(int(scores.argmax()) == label)
             per_byte.append(int((scores / num_bytes).argmax()) == label)
@@ -57,7 +60,8 @@ def check_zero_shot(backbone: Backbone) -> None:
         raise ValueError(f"{backbone.name} has no language-model head: zero-shot answers need a causal model")
 
 
-def _zero_shot_prompt(example: Example, field: Field) -> str:
+def answer_prompt(example: Example, field: Field) -> str:
+    """What the language model is asked: context and question, then `Answer:` or the field's name on a new line."""
     context = f"{example.context}\n" if example.context else ""
     return f"{context}{example.question}\n{'Answer' if field.name == 'answer' else field.name}:"
 
@@ -89,7 +93,37 @@ def option_log_likelihoods(backbone: Backbone, prompt: str, options: Sequence[st
     return scores.cpu()
 
 
-# -- linear probe --------------------------------------------------------------------------------------------------
+# -- heads without recursion, or without a language model ----------------------------------------------------------
+
+
+def one_pass(config: RunConfig) -> RunConfig:
+    """The same head with equal parameters and no recursion: the network is applied once."""
+    return _without_recursion(config, num_layers=config.reasoner.num_layers)
+
+
+def deep(config: RunConfig) -> RunConfig:
+    """A head without recursion at equal compute: as many layers as `max_steps` apply, each with its own weights."""
+    reasoner = config.reasoner
+    passes = reasoner.max_steps * reasoner.num_cycles * (reasoner.num_latent_passes + 1)
+    return _without_recursion(config, num_layers=reasoner.num_layers * passes)
+
+
+def without_backbone(config: RunConfig) -> RunConfig:
+    """The same reasoner on token embeddings alone, each token a slot with rotary positions, as in TRM.
+
+    The embeddings are the language model's own, looked up; none of its blocks runs.
+    """
+    backbone = replace(config.backbone, layers=[0], template="plain")
+    return replace(config, backbone=backbone, reasoner=replace(config.reasoner, refine_memory=True, rotary=True))
+
+
+def _without_recursion(config: RunConfig, num_layers: int) -> RunConfig:
+    reasoner = replace(config.reasoner, num_layers=num_layers, num_latent_passes=0, num_cycles=1, max_steps=1)
+    reasoner.num_gradient_cycles = 1
+    return replace(config, reasoner=reasoner, training=replace(config.training, recursion_schedule=[]))
+
+
+# -- probes --------------------------------------------------------------------------------------------------------
 
 
 def linear_probe(
@@ -109,19 +143,41 @@ def linear_probe(
     Returns:
         Accuracy by depth on `test`, training accuracy, seconds and number of parameters.
     """
+    fit = partial(fit_logistic, weight_decays=weight_decays)
+    return {"name": "linear probe, pooled states", **_probe(fit, model, train, test, max_train, seed)}
+
+
+def mlp_probe(
+    model: HybridModel, train: EmbeddedExamples, test: EmbeddedExamples, *, max_train: int = 50_000, seed: int = 0
+) -> dict[str, Any]:
+    """As `linear_probe`, with one hidden layer, stopped early on a fifth of the training rows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {"name": "MLP probe, pooled states", **_probe(fit_mlp, model, train, test, max_train, seed)}
+
+
+def _probe(
+    fit: Callable[[Tensor, Tensor, int], tuple[nn.Module, float]],
+    model: HybridModel,
+    train: EmbeddedExamples,
+    test: EmbeddedExamples,
+    max_train: int,
+    seed: int,
+) -> dict[str, Any]:
     start = time.perf_counter()
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:max_train].tolist()
     features, _ = _pooled(model, train, order)
     options = sorted({option for row in order for field in train.examples[row].fields for option in field.options})
     labels = _labels(train, order, options)
-    probe, accuracy = fit_logistic(features, labels, len(options), weight_decays)
+    probe, accuracy = fit(features, labels, len(options))
     test_rows = list(range(len(test)))
     test_features, owners = _pooled(model, test, test_rows)
-    logits = probe(test_features).masked_fill(~_offered(test, test_rows, options), float("-inf"))
+    with torch.no_grad():
+        logits = probe(test_features)
+    logits = logits.masked_fill(~_offered(test, test_rows, options), float("-inf"))
     hits = logits.argmax(1) == _labels(test, test_rows, options)
     right = torch.ones(len(test)).scatter_reduce(0, owners, hits.float(), "amin").bool()
     return {
-        "name": "linear probe, pooled states",
         "accuracy_by_depth": by_depth(right, test.examples),
         "train_accuracy": accuracy,
         "train_rows": len(order),
@@ -150,6 +206,53 @@ def fit_logistic(
         linear.weight.div_(std)
     accuracy = float((linear(features).argmax(1) == labels).float().mean())
     return linear.requires_grad_(False), accuracy
+
+
+def fit_mlp(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    hidden_size: int = 1024,
+    max_epochs: int = 40,
+    patience: int = 4,
+    held_out: float = 0.2,
+) -> tuple[nn.Module, float]:
+    """Fit a network with one hidden layer (AdamW, dropout), and keep the epoch best on held-out rows.
+
+    Returns:
+        The network (standardisation included), and its accuracy on the rows it was fitted on.
+    """
+    cut = int(len(features) * (1 - held_out))
+    norm = nn.BatchNorm1d(features.shape[1], affine=False, momentum=None)  # one pass over all rows: plain means
+    norm(features[:cut])
+    network = nn.Sequential(
+        norm,
+        nn.Linear(features.shape[1], hidden_size),
+        nn.GELU(),
+        nn.Dropout(0.2),
+        nn.Linear(hidden_size, num_classes),
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
+    best, best_state, num_bad = -1.0, network.state_dict(), 0
+    for _ in range(max_epochs):
+        network.train()
+        norm.eval()
+        for rows in torch.randperm(cut).split(256):
+            optimizer.zero_grad()
+            F.cross_entropy(network(features[rows]), labels[rows]).backward()
+            optimizer.step()
+        network.eval()
+        with torch.no_grad():
+            accuracy = float((network(features[cut:]).argmax(1) == labels[cut:]).float().mean())
+        num_bad = 0 if accuracy > best else num_bad + 1
+        if accuracy > best:
+            best, best_state = accuracy, {name: value.clone() for name, value in network.state_dict().items()}
+        if num_bad == patience:
+            break
+    network.load_state_dict(best_state)
+    with torch.no_grad():
+        fitted = float((network(features[:cut]).argmax(1) == labels[:cut]).float().mean())
+    return network.requires_grad_(False), fitted
 
 
 def _fit(features: Tensor, labels: Tensor, num_classes: int, weight_decay: float) -> nn.Linear:

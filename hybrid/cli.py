@@ -80,6 +80,13 @@ def run_config(arguments: Sequence[str], command: str) -> tuple[RunConfig, Any]:
     parser.add_argument("--config", action="config", help="the YAML file; may also come first, without the flag")
     if command == "train":
         parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help="go on after a stop")
+        parser.add_argument(
+            "--baseline",
+            type=Literal["one_pass", "deep", "tokens", "lora"] | None,
+            default=None,
+            help="train this instead, in OUTPUT_FOLDER_BASELINE: the head without recursion at equal parameters "
+            "(one_pass) or at equal compute (deep), the reasoner without a language model (tokens), or LoRA",
+        )
     if command == "probe":
         parser.add_argument("--max_train", type=int, default=2000, help="training rows to embed at every layer")
         parser.add_argument("--max_test", type=int, default=1000, help="validation rows, likewise")
@@ -98,9 +105,18 @@ def run_config(arguments: Sequence[str], command: str) -> tuple[RunConfig, Any]:
 def command_train(arguments: Sequence[str]) -> None:
     """Train a head."""
     config, parsed = run_config(arguments, "train")
+    if parsed.baseline is not None:
+        config.training.output_folder += f"_{parsed.baseline}"
+    if parsed.baseline == "lora":
+        from hybrid.lora import train_lora
+
+        print(f"LoRA adapter: {train_lora(config, resume=bool(parsed.resume))}")
+        return
+    from hybrid.baselines import deep, one_pass, without_backbone
     from hybrid.training import train
 
-    train(config, resume=bool(parsed.resume))
+    changes = {"one_pass": one_pass, "deep": deep, "tokens": without_backbone}
+    train(changes[parsed.baseline](config) if parsed.baseline else config, resume=bool(parsed.resume))
 
 
 def command_embed(arguments: Sequence[str]) -> None:
@@ -146,29 +162,45 @@ def command_eval(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--steps", type=str, default="1,2,4,8,16", help="refinement steps of the curve")
     parser.add_argument("--max_examples", type=int | None, default=None, help="evaluate this many, spread over depths")
-    parser.add_argument("--baselines", type=str, default="", help="any of zero_shot,linear_probe, to stand beside")
+    parser.add_argument(
+        "--baselines", type=str, default="", help="any of zero_shot,linear_probe,mlp_probe, to stand beside"
+    )
     parser.add_argument(
         "--output", type=str | None, default=None, help="result file; by default HEAD/results.json, and the card"
     )
     parsed = _parse(parser, arguments)
     steps = _step_numbers(parsed.steps)
     baselines = [name for name in parsed.baselines.split(",") if name]
-    if unknown := sorted(set(baselines) - {"zero_shot", "linear_probe"}):
-        raise ValueError(f"--baselines: no {unknown}; there are zero_shot, linear_probe")
+    if unknown := sorted(set(baselines) - {"zero_shot", "linear_probe", "mlp_probe"}):
+        raise ValueError(f"--baselines: no {unknown}; there are zero_shot, linear_probe, mlp_probe")
     import shlex
     from pathlib import Path
 
-    from hybrid.baselines import check_zero_shot, linear_probe, zero_shot
+    from hybrid.baselines import check_zero_shot, linear_probe, mlp_probe, zero_shot
     from hybrid.batches import embed_examples
     from hybrid.data import load_examples
-    from hybrid.evaluation import accuracy_lines, evaluate_head, harness_fields, plot_steps, provenance, write_results
+    from hybrid.evaluation import (
+        accuracy_lines,
+        evaluate_head,
+        harness_fields,
+        plot_steps,
+        provenance,
+        train_seconds,
+        write_results,
+    )
     from hybrid.model import HybridModel
 
     folder = Path(parsed.head)
     config, role = _config_of_head(folder, parsed)
+    if (folder / "adapter_config.json").exists():
+        if baselines:
+            raise ValueError("--baselines stand beside a head: this folder holds a LoRA adapter")
+        _evaluate_lora(folder, config, role, parsed, shlex.join(["hybrid", "eval", *arguments]))
+        return
     path = Path(parsed.output) if parsed.output else folder / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    roles = {role, "train"} if "linear_probe" in baselines else {role}
+    probes = {"linear_probe": linear_probe, "mlp_probe": mlp_probe}
+    roles = {role, "train"} if set(baselines) & set(probes) else {role}
     examples = {name: load_examples(config.data, name) for name in roles}
     model = HybridModel.from_pretrained(folder)
     if "zero_shot" in baselines:
@@ -179,6 +211,7 @@ def command_eval(arguments: Sequence[str]) -> None:
     results = {
         "split": getattr(config.data, f"{role}_split"),
         "data": source,
+        "train_seconds": train_seconds(folder),
         **figures,
         "baselines": [],
         **harness_fields(Path(source).stem, figures, str(folder), seed),
@@ -187,14 +220,34 @@ def command_eval(arguments: Sequence[str]) -> None:
     write_results(path, results)  # before the baselines: what is computed is kept
     if "zero_shot" in baselines:
         results["baselines"].append(zero_shot(model.backbone, examples[role]))
-    if "linear_probe" in baselines:
-        results["baselines"].append(linear_probe(model, embedded["train"], embedded[role]))
+    for name in (name for name in probes if name in baselines):
+        results["baselines"].append(probes[name](model, embedded["train"], embedded[role]))
     write_results(path, results)
     plot_steps(results, path.with_suffix(".png"))
     if path == folder / "results.json":
         model.write_card(folder)
     print(accuracy_lines(results))
     print(f"mean steps {results['mean_steps_used']:.2f}; written: {path}, {path.with_suffix('.png')}")
+
+
+def _evaluate_lora(folder: Path, config: RunConfig, role: str, parsed: Any, command: str) -> None:
+    from pathlib import Path
+
+    from hybrid.data import data_fingerprint, load_examples
+    from hybrid.evaluation import accuracy_lines, provenance, write_results
+    from hybrid.lora import evaluate_lora
+
+    examples = load_examples(config.data, role)
+    results = {
+        "split": getattr(config.data, f"{role}_split"),
+        "data": str(config.data.path or config.data.hub_id or config.data.reasoning_gym),
+        "data_fingerprint": data_fingerprint(examples),
+        **evaluate_lora(folder, config, examples),
+        **provenance(command, config.training.seed),
+    }
+    path = Path(parsed.output) if parsed.output else folder / "results.json"
+    write_results(path, results)
+    print(f"{accuracy_lines(results)}\nwritten: {path}")
 
 
 def _step_numbers(text: str) -> list[int]:

@@ -92,7 +92,7 @@ class ReasonerConfig:
         intermediate_size: Width of the SwiGLU layer.
         num_layers: Layers of the shared network that one pass applies.
         num_tape_slots: Free slots beside the field slots.
-        num_latent_passes: Updates of z in a cycle (n).
+        num_latent_passes: Updates of z in a cycle (n); 0 leaves one pass a cycle, for a head without recursion.
         num_cycles: Cycles in a refinement step (T).
         num_gradient_cycles: Cycles at the end of a refinement step that carry gradient; 1 in HRM and TRM,
             `num_cycles` for full backpropagation.
@@ -126,8 +126,9 @@ class ReasonerConfig:
     state_noise: float = 0.0
 
     def __post_init__(self):
-        for name in ("dim", "num_heads", "intermediate_size", "num_layers", "num_latent_passes", "num_cycles"):
+        for name in ("dim", "num_heads", "intermediate_size", "num_layers", "num_cycles"):
             _check(getattr(self, name) > 0, f"reasoner.{name}", getattr(self, name), "a number > 0")
+        _check(self.num_latent_passes >= 0, "reasoner.num_latent_passes", self.num_latent_passes, "a number ≥ 0")
         _check(self.dim % self.num_heads == 0, "reasoner.num_heads", self.num_heads, f"a divisor of dim={self.dim}")
         _check(self.num_tape_slots >= 0, "reasoner.num_tape_slots", self.num_tape_slots, "a number ≥ 0")
         _check(self.max_steps > 0, "reasoner.max_steps", self.max_steps, "a number > 0")

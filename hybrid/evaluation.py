@@ -196,6 +196,13 @@ def evaluate_head(
     }
 
 
+def train_seconds(head: Path) -> float | None:
+    """Seconds of training, from the log of the run that wrote a head or an adapter, if it is still there."""
+    log = head.parent / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return max((line["seconds"] for line in lines if "seconds" in line), default=None)
+
+
 def accuracy_lines(results: dict[str, Any]) -> str:
     """Result file as a Markdown table: head and baselines, a row per depth."""
     systems = [("head", results["accuracy_by_depth"])]

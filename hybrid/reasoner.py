@@ -108,7 +108,7 @@ class RecursiveReasoner(nn.Module):
         num_heads: Attention heads.
         intermediate_size: Width of the SwiGLU layers.
         num_layers: Layers of the network.
-        num_latent_passes: Updates of z in a cycle (n).
+        num_latent_passes: Updates of z in a cycle (n); 0 leaves a single pass in a cycle, for heads without recursion.
         num_cycles: Cycles in a refinement step (T).
         num_gradient_cycles: Cycles at the end of a refinement step that carry gradient.
         tie_levels: One network for z and y, or one each.
@@ -201,7 +201,7 @@ class RecursiveReasoner(nn.Module):
         x, y, z = slots, state.y, state.z
         for _ in range(num_latent_passes):  # n
             z = z_network(x + y + z, z_memory)
-        y = y_network(y + z, y_memory)
+        y = y_network(y + z if num_latent_passes else x + y + z, y_memory)
         return ReasonerState(y, z)
 
     def refinement_step(

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import chain_examples
+from conftest import CHOICES, chain_examples, tiny_run
 
-from hybrid.baselines import fit_logistic, linear_probe, option_log_likelihoods, probe_layers, zero_shot
+from hybrid.backbone import Backbone
+from hybrid.baselines import (
+    deep,
+    fit_logistic,
+    fit_mlp,
+    linear_probe,
+    mlp_probe,
+    one_pass,
+    option_log_likelihoods,
+    probe_layers,
+    without_backbone,
+    zero_shot,
+)
 from hybrid.batches import embed_examples
-from hybrid.config import FeatureConfig
+from hybrid.config import FeatureConfig, RecursionStage
+from hybrid.model import HybridModel
 
 PROMPT = "A is left of B . Where is A ?"
 
@@ -61,6 +74,64 @@ def test_linear_probe_reads_the_direction_and_scores_whole_answers(model, backbo
     assert result["accuracy_by_depth"][-1]["n"] == 40
     assert result["accuracy_by_depth"][-1]["accuracy"] > 0.9  # the direction's own word is in the text
     assert result["train_rows"] == 200
+
+
+def test_mlp_probe_fits_what_a_linear_one_cannot():
+    torch.manual_seed(0)
+    features = torch.randn(2000, 2) * torch.tensor([1.0, 50.0]) + 3
+    labels = ((features[:, 0] > 3) ^ (features[:, 1] > 3)).long()
+    assert fit_logistic(features, labels, 2, (1e-3,))[1] < 0.6
+    network, accuracy = fit_mlp(features, labels, 2, hidden_size=64)
+    assert accuracy > 0.95
+    assert (network(features).argmax(1) == labels).float().mean() > 0.95
+
+
+def test_mlp_probe_scores_whole_answers(model, backbone, tmp_path):
+    sets = {"train": chain_examples(200), "test": chain_examples(40, seed=9)}
+    embedded = embed_examples(FeatureConfig(folder=str(tmp_path)), backbone, sets, progress=False)
+    result = mlp_probe(model, embedded["train"], embedded["test"])
+    assert result["accuracy_by_depth"][-1]["n"] == 40 and result["accuracy_by_depth"][-1]["accuracy"] > 0.9
+
+
+def head_of(config, backbone: Backbone) -> HybridModel:
+    backbone = backbone.with_settings(config.backbone.layers or backbone.layers, config.backbone.template)
+    return HybridModel.from_backbone(
+        backbone,
+        backbone_config=config.backbone,
+        adapter=config.adapter,
+        reasoner=config.reasoner,
+        known_options=CHOICES,
+    )
+
+
+def test_heads_without_recursion_have_equal_parameters_or_equal_compute(tmp_path, backbone):
+    config = tiny_run(tmp_path, recursion_schedule=[RecursionStage(max_steps=1)])
+    heads = {name: head_of(change(config), backbone) for name, change in {"one_pass": one_pass, "deep": deep}.items()}
+    recursive = head_of(config, backbone)
+    layer = sum(p.numel() for p in recursive.reasoner.networks[0].layers[0].parameters())
+    assert heads["one_pass"].parameter_groups() == recursive.parameter_groups()
+    passes = 3 * 2 * (2 + 1)  # steps, cycles, passes in a cycle
+    assert heads["deep"].parameter_groups()["reasoner"] == 2 * passes * layer
+
+    def layers_run(head: HybridModel) -> int:
+        calls = []
+        for network in head.reasoner.networks:
+            for part in network.layers:
+                part.register_forward_hook(lambda *args: calls.append(1))
+        head.eval().answer("Where is A relative to B ?", choices=["left", "right"], halting="never")
+        return len(calls)
+
+    assert layers_run(recursive) == layers_run(heads["deep"]) == 2 * passes
+    assert layers_run(heads["one_pass"]) == 2
+    assert one_pass(config).training.recursion_schedule == [] and config.training.recursion_schedule
+
+
+def test_reasoner_without_a_language_model_runs_none_of_its_blocks(tmp_path, backbone, monkeypatch):
+    head = head_of(without_backbone(tiny_run(tmp_path)), backbone).eval()
+    monkeypatch.setattr(Backbone, "_run_to", lambda *args: pytest.fail("a block ran"))
+    one = head.answer("A is left of B . Where is A relative to B ?", choices=["left", "right"])
+    other = head.answer("B is left of A . Where is A relative to B ?", choices=["left", "right"])
+    assert one.probability != other.probability  # the same words: order is known
 
 
 def test_every_layer_is_probed(backbone):

@@ -49,7 +49,7 @@ def test_train_eval_ask(config_file, tmp_path, capsys):
     results = json.loads((head / "results.json").read_text())
     assert results["split"] == "test" and [point["steps"] for point in results["accuracy_by_steps"]] == [1, 2, 4]
     assert results["command"].endswith("--baselines zero_shot,linear_probe")
-    assert (head / "results.png").exists()
+    assert (head / "results.png").exists() and results["train_seconds"] > 0
     assert f"{results['accuracy_by_depth'][0]['accuracy']:.3f}" in (head / "README.md").read_text()
 
     main(["eval", str(head), "--split", "valid", "--max_examples", "6", "--output", str(tmp_path / "new" / "r.json")])

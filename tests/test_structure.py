@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "hybrid"
 # Each module may import only from those before it.
 ORDER = [
     "config", "layers", "parallel", "backbone", "features", "adapter", "reasoner", "decoder", "losses", "hub", "model",
-    "data", "batches", "inference", "evaluation", "baselines", "training", "quickstart", "bench", "cli",
+    "data", "batches", "inference", "evaluation", "baselines", "lora", "training", "quickstart", "bench", "cli",
 ]  # fmt: skip
 
 

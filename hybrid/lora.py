@@ -1,0 +1,134 @@
+"""LoRA on the same language model: what one would do instead of a head.
+
+Nothing here is ours: `peft` adapts the model, the trainer of `transformers` trains it. Questions are asked as in
+`baselines.zero_shot`, and the loss is that of the answer's tokens (Hu et al. 2021, arXiv:2106.09685).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import yaml
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+from hybrid.backbone import Backbone, load_backbone
+from hybrid.baselines import answer_prompt, zero_shot
+from hybrid.config import RunConfig, to_plain
+from hybrid.data import Example, load_examples
+from hybrid.evaluation import train_seconds
+from hybrid.losses import IGNORED
+
+RANK = 16
+ROWS_AT_ONCE = 16  # logits of a batch are large: tokens × vocabulary
+
+
+def train_lora(config: RunConfig, resume: bool = False) -> Path:
+    """Fine-tune the run's backbone with LoRA on all its linear layers; returns the folder of the adapter.
+
+    Of the run, `data`, `backbone`, and of `training` the folder, updates, batch size, learning rate, decay, warm-up,
+    seed, and intervals of saving and logging are used. Each field of a question is a training row.
+
+    Args:
+        config: The run.
+        resume: Go on from the last checkpoint in `training.output_folder`.
+
+    Raises:
+        ValueError: The folder holds a run already, or none to go on with.
+    """
+    settings, folder = config.training, Path(config.training.output_folder)
+    has_checkpoint = any(folder.glob("checkpoint-*"))
+    if has_checkpoint != resume:
+        raise ValueError(
+            f"--resume: {folder} holds no checkpoint; start without --resume"
+            if resume
+            else f"{folder} holds a run already: go on with --resume, or give another training.output_folder"
+        )
+    examples = load_examples(config.data, "train")
+    backbone = load_backbone(config.backbone)
+    torch.manual_seed(settings.seed)
+    adapters = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(backbone.model, adapters)
+    model.print_trainable_parameters()
+    rows_at_once = min(ROWS_AT_ONCE, settings.batch_size)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=settings.num_updates,
+            per_device_train_batch_size=rows_at_once,
+            gradient_accumulation_steps=settings.batch_size // rows_at_once,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            warmup_steps=settings.warmup_updates,
+            lr_scheduler_type=settings.decay,
+            max_grad_norm=settings.max_grad_norm,
+            bf16=backbone.dtype == torch.bfloat16,
+            use_cpu=backbone.device.type == "cpu",
+            train_sampling_strategy="group_by_length",
+            logging_steps=settings.log_every,
+            save_steps=settings.save_every,
+            save_total_limit=1,
+            report_to="none",
+            seed=settings.seed,
+        ),
+        train_dataset=_rows(backbone, examples),  # ty: ignore[invalid-argument-type]  a list is a map-style data set
+        data_collator=DataCollatorForSeq2Seq(backbone.tokenizer, label_pad_token_id=IGNORED),
+        callbacks=[_Log(folder / "log.jsonl")],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    best = folder / "best"
+    model.save_pretrained(str(best))
+    (best / "run.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    return best
+
+
+def evaluate_lora(folder: Path, config: RunConfig, examples: Sequence[Example]) -> dict[str, Any]:
+    """Accuracy by depth of an adapter that `train_lora` made, scored as `zero_shot` scores the frozen model."""
+    backbone = load_backbone(config.backbone)
+    model = peft.PeftModel.from_pretrained(backbone.model, folder)
+    num_parameters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    tuned: Any = model.merge_and_unload()
+    figures = zero_shot(Backbone(tuned, backbone.tokenizer, name=f"{backbone.name} with LoRA"), examples)
+    return {**figures, "name": "LoRA", "num_parameters": num_parameters, "train_seconds": train_seconds(folder)}
+
+
+def _rows(backbone: Backbone, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+    """Prompt and answer as token ids, with labels at the answer only."""
+    pairs = [(example, *pair) for example in examples for pair in zip(example.fields, example.answers, strict=True)]
+    prompts = backbone.tokenizer([answer_prompt(example, field) for example, field, _ in pairs])["input_ids"]
+    answers = backbone.tokenizer([f" {answer}" for *_, answer in pairs], add_special_tokens=False)["input_ids"]
+    return [
+        {
+            "input_ids": [*prompt, *answer],
+            "attention_mask": [1] * (len(prompt) + len(answer)),
+            "labels": [*[IGNORED] * len(prompt), *answer],
+        }
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+class _Log(TrainerCallback):
+    """Loss and seconds of training as JSON lines, over all its sittings."""
+
+    def __init__(self, path: Path):
+        self.path, self.start = path, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the lines up to the checkpoint, and go on counting from there."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["update"] <= state.global_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.start = time.monotonic() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write a line; the last one holds the totals."""
+        if state.is_world_process_zero:
+            line = {"update": state.global_step, **logs, "seconds": round(time.monotonic() - self.start, 2)}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")

@@ -1,0 +1,84 @@
+"""LoRA on a tiny model: trained from the command line, resumed, evaluated as the frozen model is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_training import write_data
+
+from hybrid.backbone import load_backbone
+from hybrid.baselines import zero_shot
+from hybrid.cli import main
+from hybrid.config import BackboneConfig, DataConfig, RunConfig, TrainingConfig, to_plain
+from hybrid.data import load_examples
+from hybrid.lora import _Log, evaluate_lora, train_lora
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft uses it
+
+
+@pytest.fixture
+def config(tmp_path, backbone_folder) -> RunConfig:
+    write_data(tmp_path)
+    return RunConfig(
+        backbone=BackboneConfig(name_or_path=str(backbone_folder), dtype="float32"),
+        data=DataConfig(path=str(tmp_path / "data.jsonl"), choices=["left", "right", "above", "below"]),
+        training=TrainingConfig(
+            output_folder=str(tmp_path / "run"), num_updates=60, batch_size=16, learning_rate=2e-2, warmup_updates=5,
+            log_every=20, save_every=40,
+        ),
+    )  # fmt: skip
+
+
+def test_lora_learns_what_the_frozen_model_cannot(config):
+    valid = load_examples(config.data, "valid")
+    frozen = zero_shot(load_backbone(config.backbone), valid, progress=False)
+    result = evaluate_lora(train_lora(config), config, valid)
+    accuracy = result["accuracy_by_depth"][-1]["accuracy"]
+    assert accuracy > 0.8 > frozen["accuracy_by_depth"][-1]["accuracy"]  # the direction's word is in the text
+    tensors = load_file(Path(config.training.output_folder) / "best" / "adapter_model.safetensors")
+    assert result["num_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert result["train_seconds"] > 0
+
+
+def test_lora_goes_on_from_its_checkpoint(config, tmp_path, monkeypatch):
+    whole = load_file(train_lora(config) / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="holds a run already: go on with --resume"):
+        train_lora(config)
+    config.training.output_folder = str(tmp_path / "stopped")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        train_lora(config, resume=True)
+
+    write_line = _Log.on_log
+
+    def killed(self, args, state, control, **kwargs):
+        write_line(self, args, state, control, **kwargs)
+        if state.global_step == 60:  # after the checkpoint of update 40
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Log, "on_log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(config)
+    monkeypatch.setattr(_Log, "on_log", write_line)
+    resumed = load_file(train_lora(config, resume=True) / "adapter_model.safetensors")
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, resumed[name])
+    lines = [json.loads(line) for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [20, 40, 60, 60]  # and the totals
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+
+
+def test_lora_from_the_command_line(config, tmp_path, capsys):
+    config.training.num_updates = 4
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_plain(config)))
+    main(["train", str(tmp_path / "config.yaml"), "--baseline", "lora"])
+    adapter = tmp_path / "run_lora" / "best"
+    assert str(adapter) in capsys.readouterr().out
+    main(["eval", str(adapter), "--split", "valid"])
+    assert "| depth | n | head |" in capsys.readouterr().out
+    results = json.loads((adapter / "results.json").read_text())
+    assert results["name"] == "LoRA" and results["accuracy_by_depth"][-1]["n"] == 16
