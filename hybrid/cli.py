@@ -18,6 +18,7 @@ USAGE = """usage: hybrid COMMAND [options]      (hybrid COMMAND --help tells a c
   train CONFIG.yaml [--key value]     train a head; --resume goes on after a stop
   eval HEAD [--data FILE]             accuracy by depth and by refinement steps, result file and plot
   ask HEAD "question" [--choices a,b] answer one question
+  release HEAD FOLDER --questions F   a head to publish: half the size, with how it answers some questions
   embed CONFIG.yaml                   fill the feature cache ahead of training
   probe CONFIG.yaml                   linear-probe accuracy of every backbone layer: which layers to use
   bench [HEAD] [--trm-path FOLDER]    speed of the three loops beside the machine's and others
@@ -161,6 +162,7 @@ def command_eval(arguments: Sequence[str]) -> None:
         "--split", type=str | None, default=None, help="test (the default), valid, train, or the name of a split"
     )
     parser.add_argument("--steps", type=str, default="1,2,4,8,16", help="refinement steps of the curve")
+    parser.add_argument("--rollouts", type=str, default="", help="numbers of noisy copies to try, such as 1,4,16")
     parser.add_argument("--max_examples", type=int | None, default=None, help="evaluate this many, spread over depths")
     parser.add_argument(
         "--baselines", type=str, default="", help="any of zero_shot,linear_probe,mlp_probe, to stand beside"
@@ -169,7 +171,8 @@ def command_eval(arguments: Sequence[str]) -> None:
         "--output", type=str | None, default=None, help="result file; by default HEAD/results.json, and the card"
     )
     parsed = _parse(parser, arguments)
-    steps = _step_numbers(parsed.steps)
+    steps = _numbers("--steps", parsed.steps)
+    rollouts = _numbers("--rollouts", parsed.rollouts) if parsed.rollouts else []
     baselines = [name for name in parsed.baselines.split(",") if name]
     if unknown := sorted(set(baselines) - {"zero_shot", "linear_probe", "mlp_probe"}):
         raise ValueError(f"--baselines: no {unknown}; there are zero_shot, linear_probe, mlp_probe")
@@ -185,6 +188,7 @@ def command_eval(arguments: Sequence[str]) -> None:
         harness_fields,
         plot_steps,
         provenance,
+        run_rollouts,
         train_seconds,
         write_results,
     )
@@ -208,7 +212,7 @@ def command_eval(arguments: Sequence[str]) -> None:
     embedded = embed_examples(config.features, model.backbone, examples)
     source, seed = str(config.data.path or config.data.hub_id or config.data.reasoning_gym), config.training.seed
     figures = evaluate_head(model, embedded[role], steps)
-    results = {
+    results: dict[str, Any] = {
         "split": getattr(config.data, f"{role}_split"),
         "data": source,
         "train_seconds": train_seconds(folder),
@@ -217,7 +221,9 @@ def command_eval(arguments: Sequence[str]) -> None:
         **harness_fields(Path(source).stem, figures, str(folder), seed),
         **provenance(shlex.join(["hybrid", "eval", *arguments]), seed),
     }
-    write_results(path, results)  # before the baselines: what is computed is kept
+    write_results(path, results)  # before the rest: what is computed is kept
+    if rollouts:
+        results |= run_rollouts(model, embedded[role], rollouts)
     if "zero_shot" in baselines:
         results["baselines"].append(zero_shot(model.backbone, examples[role]))
     for name in (name for name in probes if name in baselines):
@@ -250,14 +256,14 @@ def _evaluate_lora(folder: Path, config: RunConfig, role: str, parsed: Any, comm
     print(f"{accuracy_lines(results)}\nwritten: {path}")
 
 
-def _step_numbers(text: str) -> list[int]:
+def _numbers(flag: str, text: str) -> list[int]:
     try:
-        steps = [int(step) for step in text.split(",")]
+        numbers = [int(number) for number in text.split(",")]
     except ValueError:
-        steps = []
-    if not steps or min(steps) < 1:
-        raise ValueError(f"--steps {text!r}: expected numbers > 0, separated by commas")
-    return steps
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"{flag} {text!r}: expected numbers > 0, separated by commas")
+    return numbers
 
 
 def _run_of_head(folder: Path) -> RunConfig:
@@ -323,6 +329,27 @@ def command_ask(arguments: Sequence[str]) -> None:
     if parsed.verbose:
         end = time.perf_counter()
         print(f"import {imported - start:.2f} s, load {loaded - imported:.2f} s, answer {end - loaded:.2f} s")
+
+
+def command_release(arguments: Sequence[str]) -> None:
+    """Make a head ready to publish."""
+    parser = _parser("hybrid release HEAD FOLDER: a head in bfloat16, with run, log, results, card and some answers")
+    parser.add_argument("head", type=str, help="folder of a trained head")
+    parser.add_argument("folder", type=str, help="folder to write, such as adapters/NAME")
+    parser.add_argument(
+        "--questions", type=str, required=True, help="JSON Lines: question, and context, choices or fields (published)"
+    )
+    parsed = _parse(parser, arguments)
+    import json
+    from pathlib import Path
+
+    path = Path(parsed.questions)
+    if not path.is_file():
+        raise ValueError(f"--questions {parsed.questions}: there is no such file")
+    from hybrid.release import release
+
+    release(Path(parsed.head), Path(parsed.folder), [json.loads(line) for line in path.read_text().splitlines()])
+    print(f"released: {parsed.folder}")
 
 
 def command_bench(arguments: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hybrid import __version__
 from hybrid.batches import EmbeddedExamples
 from hybrid.data import Example, data_fingerprint
-from hybrid.inference import refine
+from hybrid.inference import PICKS, noisy_copies, pick_rollout, refine
 from hybrid.losses import all_fields_right
 from hybrid.model import HybridModel
 
@@ -120,6 +120,35 @@ def run_steps(
             record.movement[:, rows] = refined.movement_by_step
             bar.update(len(rows))
     return record
+
+
+def run_rollouts(
+    model: HybridModel, examples: EmbeddedExamples, rollouts: Sequence[int], *, progress: bool = True
+) -> dict[str, Any]:
+    """Accuracy by depth for several numbers of noisy copies, and both ways to pick one (`refine_rollouts`).
+
+    Each copy refines with the head's own halting and `max_steps`.
+
+    Raises:
+        ValueError: A number of rollouts is below 1.
+    """
+    if not rollouts or min(rollouts) < 1:
+        raise ValueError(f"rollouts={list(rollouts)}: expected numbers > 0")
+    model.eval()
+    right = {(pick, count): torch.zeros(len(examples), dtype=torch.bool) for pick in PICKS for count in rollouts}
+    with tqdm(total=len(examples), unit="question", desc="rollouts", disable=not progress, leave=False) as bar:
+        for rows in examples.batches(8192):
+            hidden_states, mask, fields, labels = examples.batch(model, rows)
+            runs = noisy_copies(model, hidden_states, mask, fields, max(rollouts))
+            for (pick, count), hits in right.items():
+                hits[rows] = all_fields_right(pick_rollout(runs[:count], pick).scores, labels.cpu())
+            bar.update(len(rows))
+    return {
+        f"accuracy_by_rollouts_{pick}": [
+            {"rollouts": count, "by_depth": by_depth(right[pick, count], examples.examples)} for count in rollouts
+        ]
+        for pick in PICKS
+    }
 
 
 def calibration(record: StepRecord, step: int, num_bins: int = 10) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hybrid.model import HybridModel
 from hybrid.reasoner import has_halted, state_movement
 
 ROLLOUT_NOISE = 1.0  # standard deviation on z, whose own components have unit variance
+PICKS = ("q", "vote")
 FINAL = ("scores", "halt_logits", "steps")
 BY_STEP = ("scores_by_step", "halt_logits_by_step", "wants_halt_by_step", "movement_by_step")
 TOKEN_BUDGET = 8192  # tokens of one inference batch, padding included
@@ -162,16 +163,34 @@ def refine_rollouts(
         seed: Seed of the noise.
         **kwargs: Passed to `refine`.
     """
+    if pick not in PICKS:
+        raise ValueError(f"pick={pick!r}: expected 'q' or 'vote'")
+    return pick_rollout(noisy_copies(model, hidden_states, memory_mask, fields, rollouts, seed, **kwargs), pick)
+
+
+def noisy_copies(
+    model: HybridModel,
+    hidden_states: Tensor,
+    memory_mask: Tensor,
+    fields: FieldBatch,
+    rollouts: int,
+    seed: int = 0,
+    **kwargs: Any,
+) -> list[Refined]:
+    """The copies that `refine_rollouts` picks from; fewer rollouts are the first of more."""
     if rollouts < 1:
         raise ValueError(f"rollouts={rollouts}: expected a number > 0")
-    if pick not in ("q", "vote"):
-        raise ValueError(f"pick={pick!r}: expected 'q' or 'vote'")
     runs = []
     with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
         torch.manual_seed(seed)
         for copy in range(rollouts):
             noise = ROLLOUT_NOISE if copy else 0.0
             runs.append(refine(model, hidden_states, memory_mask, fields, noise=noise, **kwargs))
+    return runs
+
+
+def pick_rollout(runs: Sequence[Refined], pick: str) -> Refined:
+    """Keep one copy per row: the one that q believes in most (`q`), or one with the most frequent answer (`vote`)."""
     halt_logits = torch.stack([run.halt_logits for run in runs])  # (rollouts, batch)
     if pick == "vote":
         answers = torch.stack([run.scores.argmax(-1) for run in runs])  # (rollouts, batch, fields)

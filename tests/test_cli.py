@@ -52,8 +52,11 @@ def test_train_eval_ask(config_file, tmp_path, capsys):
     assert (head / "results.png").exists() and results["train_seconds"] > 0
     assert f"{results['accuracy_by_depth'][0]['accuracy']:.3f}" in (head / "README.md").read_text()
 
-    main(["eval", str(head), "--split", "valid", "--max_examples", "6", "--output", str(tmp_path / "new" / "r.json")])
-    assert json.loads((tmp_path / "new" / "r.json").read_text())["accuracy_by_depth"][-1]["n"] == 6
+    other = tmp_path / "new" / "r.json"
+    main(["eval", str(head), "--split", "valid", "--max_examples", "6", "--rollouts", "1,2", "--output", str(other)])
+    results = json.loads(other.read_text())
+    assert results["accuracy_by_depth"][-1]["n"] == 6
+    assert [row["rollouts"] for row in results["accuracy_by_rollouts_vote"]] == [1, 2]
     assert "--max_examples -5" in error_of(capsys, "eval", str(head), "--max_examples", "-5")
     assert "--steps 'a'" in error_of(capsys, "eval", str(head), "--steps", "a")
 
@@ -62,6 +65,19 @@ def test_train_eval_ask(config_file, tmp_path, capsys):
     assert "step  1  answer: " in output and "(probability 0." in output and "load " in output
     main(["ask", str(head), "Where is A relative to B ?", "--context", "A is left of B .", "--choices", "left, knave"])
     assert capsys.readouterr().out.splitlines()[-1].split()[0] in ("left", "knave")
+
+
+def test_release(config_file, tmp_path, capsys):
+    main(["train", str(config_file), "--training.num_updates", "2"])
+    head, released = tmp_path / "run" / "best", tmp_path / "adapters" / "chains"
+    assert "no such file" in error_of(capsys, "release", str(head), str(released), "--questions", "none.jsonl")
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "A is left of B . Where is A relative to B ?"}\n')
+    main(["release", str(head), str(released), "--questions", str(questions)])
+    assert {"run.yaml", "log.jsonl", "expected.json"} <= {path.name for path in released.iterdir()}
+    main(["ask", str(released), "A is left of B . Where is A relative to B ?"])
+    expected = json.loads((released / "expected.json").read_text())
+    assert expected[0]["value"] in capsys.readouterr().out
 
 
 def test_embed_then_train_computes_nothing_again(config_file, capsys, monkeypatch):

@@ -18,11 +18,12 @@ from hybrid.evaluation import (
     harness_fields,
     plot_steps,
     provenance,
+    run_rollouts,
     run_steps,
     wilson_interval,
     write_results,
 )
-from hybrid.inference import refine
+from hybrid.inference import refine, refine_rollouts
 
 
 def test_wilson_interval_matches_published_values():
@@ -82,6 +83,20 @@ def test_recorded_steps_equal_the_run_with_halting(model, embedded):
     assert live.steps.tolist() == recorded.steps_used(3).tolist()
     right = (live.scores.argmax(-1) == labels).all(1)
     assert right.tolist() == recorded.right_when_halted(3).tolist()
+
+
+def test_rollouts_are_counted_from_the_same_copies(model, embedded):
+    figures = run_rollouts(model, embedded, [1, 3], progress=False)
+    for pick in ("q", "vote"):
+        one, three = figures[f"accuracy_by_rollouts_{pick}"]
+        assert (one["rollouts"], three["rollouts"]) == (1, 3) and one["by_depth"][-1]["n"] == len(embedded)
+        hidden_states, mask, fields, labels = embedded.batch(model, range(len(embedded)))
+        for row in (one, three):
+            live = refine_rollouts(model, hidden_states, mask, fields, rollouts=row["rollouts"], pick=pick)
+            right = float((live.scores.argmax(-1) == labels).all(1).float().mean())
+            assert row["by_depth"][-1]["accuracy"] == pytest.approx(right)
+    with pytest.raises(ValueError, match="expected numbers > 0"):
+        run_rollouts(model, embedded, [0])
 
 
 def test_a_head_that_never_halts_is_reported_as_such(model, embedded):

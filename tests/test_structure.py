@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "hybrid"
 # Each module may import only from those before it.
 ORDER = [
     "config", "layers", "parallel", "backbone", "features", "adapter", "reasoner", "decoder", "losses", "hub", "model",
-    "data", "batches", "inference", "evaluation", "baselines", "lora", "training", "quickstart", "bench", "cli",
+    "data", "batches", "inference", "release", "evaluation", "baselines", "lora", "training", "quickstart", "bench",
+    "cli",
 ]  # fmt: skip
 
 

@@ -1,0 +1,82 @@
+"""Releasing a head: what goes under `adapters/`, and the check that it still answers as it did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrid.backbone import Backbone
+from hybrid.decoder import Field
+from hybrid.hub import check_head_folder
+from hybrid.inference import Answer
+from hybrid.model import HybridModel
+
+EXPECTED = "expected.json"
+TOLERANCE = 0.02  # bfloat16 products differ a little between machines
+COPIED = ("run.yaml", "results.json", "results.png")
+
+
+def release(
+    head: Path, target: Path, questions: Sequence[Mapping[str, Any]], backbone: Backbone | None = None
+) -> None:
+    """Copy a trained head in bfloat16, with its run, log, results and card, and record how it answers some questions.
+
+    Args:
+        head: Folder of the head, as training wrote it.
+        target: Folder to write.
+        questions: Each with `question`, and optionally `context`, `choices`, or `fields` (name → options). They are
+            published with the head, so they must not come from data that may not be.
+        backbone: A loaded backbone to share.
+
+    Raises:
+        ValueError: `head` is no head, `target` exists, or a question cannot be asked.
+    """
+    check_head_folder(head)
+    if target.exists():
+        raise ValueError(f"{target} exists: remove it, or give another name")
+    if not questions:
+        raise ValueError("no questions: a release records how it answers some")
+    model = HybridModel.from_pretrained(head, backbone, dtype=torch.bfloat16)
+    expected = [{**question, **_recorded(_ask(model, question))} for question in questions]
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for path in [*(head / name for name in COPIED), head.parent / "log.jsonl"]:
+        if path.exists():
+            shutil.copy(path, partial)
+    model.save_pretrained(partial)
+    (partial / EXPECTED).write_text(json.dumps(expected, indent=2) + "\n")
+    partial.rename(target)
+    model.write_card(target)
+
+
+def differences(folder: Path, backbone: Backbone | None = None) -> list[str]:
+    """What a released head answers otherwise than recorded, in words; empty if nothing."""
+    model = HybridModel.from_pretrained(folder, backbone)
+    found = []
+    for recorded in json.loads((folder / EXPECTED).read_text()):
+        now = _recorded(_ask(model, recorded))
+        if (now["value"], now["steps"]) != (recorded["value"], recorded["steps"]) or (
+            abs(now["probability"] - recorded["probability"]) > TOLERANCE
+        ):
+            found.append(f"{recorded['question']!r}: {now}, recorded { ({name: recorded[name] for name in now}) }")
+    return found
+
+
+def _ask(model: HybridModel, question: Mapping[str, Any]) -> Answer:
+    fields = question.get("fields")
+    return model.answer(
+        question["question"],
+        context=question.get("context"),
+        choices=question.get("choices"),
+        fields=[Field(name, options) for name, options in fields.items()] if fields else None,
+    )
+
+
+def _recorded(answer: Answer) -> dict[str, Any]:
+    return {"value": answer.value, "probability": round(answer.probability, 4), "steps": answer.steps}

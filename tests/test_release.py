@@ -1,0 +1,54 @@
+"""A released head answers as it did when it was released."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hybrid.release import differences, release
+
+QUESTIONS = [
+    {"question": "Where is A relative to B ?", "context": "A is left of B ."},
+    {"question": "Where is A relative to B ?", "choices": ["left", "knave"]},
+    {"question": "A says B is a knave .", "fields": {"A": ["knight", "knave"], "B": ["knight", "knave"]}},
+]
+
+
+@pytest.fixture
+def released(model, backbone, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("{}\n")
+    model.save_pretrained(tmp_path / "run" / "best")
+    release(tmp_path / "run" / "best", tmp_path / "adapters" / "chains", QUESTIONS, backbone)
+    return tmp_path / "adapters" / "chains"
+
+
+def test_release_is_half_the_size_and_reproduces_its_answers(released, backbone):
+    weights = load_file(released / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert {"README.md", "config.json", "expected.json", "log.jsonl"} <= {path.name for path in released.iterdir()}
+    assert "chains" in (released / "README.md").read_text() and "partial" not in (released / "README.md").read_text()
+    expected = json.loads((released / "expected.json").read_text())
+    assert set(expected[2]["value"]) == {"A", "B"} and 0 < expected[0]["probability"] <= 1
+    assert differences(released, backbone) == []
+
+
+def test_a_changed_answer_is_found(released, backbone):
+    path = released / "expected.json"
+    expected = json.loads(path.read_text())
+    expected[1]["probability"] += 0.1
+    path.write_text(json.dumps(expected))
+    assert ["knave" in line or "left" in line for line in differences(released, backbone)] == [True]
+
+
+def test_release_refuses_what_would_be_lost_or_empty(released, backbone, tmp_path):
+    head = tmp_path / "run" / "best"
+    with pytest.raises(ValueError, match="exists: remove it"):
+        release(head, released, QUESTIONS, backbone)
+    with pytest.raises(ValueError, match="no questions"):
+        release(head, tmp_path / "new", [], backbone)
+    with pytest.raises(ValueError, match="run: its head is"):
+        release(tmp_path / "run", tmp_path / "new", QUESTIONS, backbone)
