@@ -444,6 +444,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "ask": command_ask,
     "embed": command_embed,
     "probe": command_probe,
+    "release": command_release,
     "bench": command_bench,
     "env": command_env,
 }
