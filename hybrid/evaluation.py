@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Sequence
@@ -200,6 +201,16 @@ def summarize(record: StepRecord, examples: Sequence[Example], steps: Sequence[i
     }
 
 
+def answer_milliseconds(model: HybridModel, examples: Sequence[Example], at_most: int = 21) -> float:
+    """Median time of one answer, from its text, one question at a time; the first one warms up."""
+    times = []
+    for example in examples[:: max(1, len(examples) // at_most)][:at_most]:
+        start = time.perf_counter()
+        model.answer(example.question, context=example.context, fields=example.fields)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:] or times)
+
+
 def evaluate_head(
     model: HybridModel, embedded: EmbeddedExamples, steps: Sequence[int], *, progress: bool = True
 ) -> dict[str, Any]:
@@ -220,6 +231,7 @@ def evaluate_head(
     record = run_steps(model, embedded, max(max_steps, *steps), progress=progress)
     return {
         "num_parameters": sum(model.parameter_groups().values()),
+        "milliseconds_per_question": answer_milliseconds(model, embedded.examples),
         "data_fingerprint": data_fingerprint(embedded.examples),
         **summarize(record, embedded.examples, sorted(set(steps)), max_steps),
     }
@@ -232,17 +244,31 @@ def train_seconds(head: Path) -> float | None:
     return max((line["seconds"] for line in lines if "seconds" in line), default=None)
 
 
-def accuracy_lines(results: dict[str, Any]) -> str:
-    """Result file as a Markdown table: head and baselines, a row per depth."""
-    systems = [("head", results["accuracy_by_depth"])]
-    systems += [(baseline["name"], baseline["accuracy_by_depth"]) for baseline in results.get("baselines", [])]
-    lines = ["| depth | n | " + " | ".join(name for name, _ in systems) + " |", "|---|---|" + "---|" * len(systems)]
+COSTS = {
+    "trainable parameters": ("num_parameters", "{:,}"),
+    "training, seconds": ("train_seconds", "{:,.0f}"),
+    "one answer, milliseconds": ("milliseconds_per_question", "{:,.0f}"),
+}
+
+
+def accuracy_lines(results: dict[str, Any], *others: dict[str, Any]) -> str:
+    """Result files as a Markdown table: head, baselines and others, a row per depth, then what each costs."""
+    systems: list[dict[str, Any]] = [{"name": "head", **results}, *results.get("baselines", []), *others]
+    names = [system["name"] for system in systems]
+    lines = ["| depth | n | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(systems)]
     for number, row in enumerate(results["accuracy_by_depth"]):
         cells = []
-        for _, rows in systems:
-            low, high = rows[number]["interval"]
-            cells.append(f"{rows[number]['accuracy']:.3f} ({low:.3f}–{high:.3f})")
+        for system in systems:
+            other = system["accuracy_by_depth"][number]
+            if (other["depth"], other["n"]) != (row["depth"], row["n"]):
+                raise ValueError(f"{system['name']} was evaluated on other questions than the head")
+            low, high = other["interval"]
+            cells.append(f"{other['accuracy']:.3f} ({low:.3f}–{high:.3f})")
         lines.append(f"| {row['depth']} | {row['n']} | " + " | ".join(cells) + " |")
+    for name, (key, form) in COSTS.items():
+        cells = [form.format(system[key]) if system.get(key) is not None else "–" for system in systems]
+        if set(cells) != {"–"}:
+            lines.append(f"| {name} | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

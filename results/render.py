@@ -1,7 +1,8 @@
 """Fill the tables of README.md from the result files: `python results/render.py` (`--check` only compares).
 
-A table stands between `<!-- table: results/NAME/results.json -->` and `<!-- end -->`, an output copied from a run
-between `<!-- file: results/NAME/FILE -->` and `<!-- end -->`.
+A table stands between `<!-- table: results/NAME/results.json other.json … -->` and `<!-- end -->`, other files of the
+same folder being baselines beside the head; an output copied from a run stands between
+`<!-- file: results/NAME/FILE -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from hybrid.bench import markdown_table
 from hybrid.evaluation import accuracy_lines
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (table|file): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|file): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(text: str) -> str:
     """The text with every block filled anew."""
 
     def fill(match: re.Match[str]) -> str:
-        start, kind, name, end = match.groups()
+        start, kind, name, more, end = match.groups()
         content = (ROOT / name).read_text()
         if kind == "table":
             results = json.loads(content)
             if "rows" in results:
                 body = f"`{results['command']}`, {results['device']}:\n\n{markdown_table(results)}\n"
             else:
-                body = f"`{results['command']}`, n and 95% intervals as shown:\n\n{accuracy_lines(results)}\n"
+                others = [json.loads((ROOT / name).with_name(other).read_text()) for other in more.split()]
+                body = f"`{results['command']}`, n and 95% intervals as shown:\n\n{accuracy_lines(results, *others)}\n"
         else:
             body = f"```\n{content.rstrip()}\n```\n"
         return f"{start}{body}{end}"

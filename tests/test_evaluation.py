@@ -123,6 +123,10 @@ def test_result_file_has_what_a_number_needs(model, embedded, tmp_path):
     plot_steps(results, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
     table = accuracy_lines(results)
-    assert table.count("\n") == 1 + 3  # head, rule, two depths and all
+    assert table.count("\n") == 1 + 3 + 2  # head, rule, two depths and all, parameters and time
+    with pytest.raises(ValueError, match="LoRA was evaluated on other questions"):
+        accuracy_lines(
+            results, {"name": "LoRA", "accuracy_by_depth": [dict(row, n=1) for row in results["accuracy_by_depth"]]}
+        )
     with pytest.raises(ValueError, match=r"steps=\[0\]"):
         evaluate_head(model, embedded, [0], progress=False)
