@@ -79,6 +79,6 @@ def test_lora_from_the_command_line(config, tmp_path, capsys):
     adapter = tmp_path / "run_lora" / "best"
     assert str(adapter) in capsys.readouterr().out
     main(["eval", str(adapter), "--split", "valid"])
-    assert "| depth | n | head |" in capsys.readouterr().out
+    assert "| depth | n | LoRA |" in capsys.readouterr().out
     results = json.loads((adapter / "results.json").read_text())
     assert results["name"] == "LoRA" and results["accuracy_by_depth"][-1]["n"] == 16
