@@ -370,7 +370,7 @@ class Trainer:
             )
         if self.accelerator.num_processes > 1:
             self.weights.reduce_gradients(self.accelerator)
-        if self.any_process(self.curriculum.is_mastered()):
+        if self.settings.curriculum is not None and self.any_process(self.curriculum.is_mastered()):
             self.curriculum.deepen()
         rate = learning_rate(settings, self.num_updates)
         self._count({"gradient_norm": self.weights.update(rate, self.num_updates)})
