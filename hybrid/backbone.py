@@ -30,6 +30,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -50,6 +51,19 @@ class Prompt:
     memory_start: int
     memory_stop: int
 
+    @property
+    def memory_ids(self) -> list[int]:
+        """The tokens whose states become memory."""
+        return self.token_ids[self.memory_start : self.memory_stop]
+
+
+@dataclass
+class TextPrompt:
+    """A question that the backbone is to continue: the prompt, and what the reasoner reads, which begin alike."""
+
+    token_ids: list[int]
+    reading: Prompt
+
 
 class _ReachedHighestLayer(Exception):
     """Ends a forward pass once the last layer that anybody asked for has run."""
@@ -60,6 +74,7 @@ class _Reading(threading.local):
 
     layers: Sequence[int] = ()
     states: dict[int, Tensor]
+    to_the_end: bool = False
 
 
 _reading = _Reading()
@@ -69,7 +84,7 @@ def _keep(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook: keep the output of block `layer` if the current thread reads it."""
     if layer in _reading.layers:
         _reading.states[layer] = output[0] if isinstance(output, tuple) else output
-        if layer == max(_reading.layers):
+        if layer == max(_reading.layers) and not _reading.to_the_end:
             raise _ReachedHighestLayer
 
 
@@ -244,22 +259,64 @@ class Backbone:
             if not text.strip():
                 raise ValueError(f"text {row} is empty: every example needs a question")
         encoded = self.tokenizer(joined, add_special_tokens=False)["input_ids"]
-        separator = (
-            self.tokenizer(ECHO_SEPARATOR, add_special_tokens=False)["input_ids"] if self.template == "echo" else []
-        )
-        prompts = []
-        for row, ids in enumerate(encoded):
-            repeated = [*ids, *separator] if self.template == "echo" else []
-            start = len(self._prefix) + len(repeated)
-            token_ids = [*self._prefix, *repeated, *ids, *self._suffix]
-            if self.max_tokens is not None and len(token_ids) > self.max_tokens:
-                raise ValueError(
-                    f"the text {joined[row][:40]!r}… has {len(token_ids)} tokens with template {self.template!r}, "
-                    f"and {self.name} reads {self.max_tokens}: shorten it, use template 'plain', or a backbone with "
-                    "a longer window"
-                )
-            prompts.append(Prompt(token_ids, start, start + len(ids)))
-        return prompts
+        return [self._reading(self._prefix, ids, self._suffix, joined[row]) for row, ids in enumerate(encoded)]
+
+    def _reading(self, before: Sequence[int], ids: Sequence[int], after: Sequence[int], text: str) -> Prompt:
+        """A text's tokens in the template, between special tokens; refused if too long."""
+        repeated = [*ids, *self._token_ids(ECHO_SEPARATOR)] if self.template == "echo" else []
+        start = len(before) + len(repeated)
+        token_ids = [*before, *repeated, *ids, *after]
+        if self.max_tokens is not None and len(token_ids) > self.max_tokens:
+            raise ValueError(
+                f"the text {text[:40]!r}… has {len(token_ids)} tokens with template {self.template!r}, "
+                f"and {self.name} reads {self.max_tokens}: shorten it, use template 'plain', or a backbone with "
+                "a longer window"
+            )
+        return Prompt(token_ids, start, start + len(ids))
+
+    def _token_ids(self, text: str) -> list[int]:
+        ids: Any = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return ids
+
+    def text_prompts(
+        self, texts: Sequence[tuple[str | None, str]], suffix: str = "", chat: bool = False
+    ) -> list[TextPrompt]:
+        """Tokenise questions that the model is to continue.
+
+        Args:
+            texts: (context, question) pairs.
+            suffix: What follows the question in the prompt, such as a line `Answer:`.
+            chat: Put the question into the tokenizer's chat template, as what the user says.
+
+        Raises:
+            ValueError: A text is empty or too long, or the tokenizer has no chat template.
+        """
+        readings = self.prompts(texts)
+        if not chat:
+            after = self._token_ids(suffix)
+            return [TextPrompt([*self._prefix, *reading.memory_ids, *after], reading) for reading in readings]
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"the tokenizer of {self.name} has no chat template: leave chat=False")
+        mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+        said = [{"role": "user", "content": mark}]
+        rendered = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        start, _, end = str(rendered).partition(mark)
+        before, after = self._token_ids(start), self._token_ids(f"{end}{suffix}")
+        return [
+            TextPrompt([*before, *ids, *after], self._reading(before, ids, [], "in the chat template"))
+            for ids in (reading.memory_ids for reading in readings)
+        ]
+
+    def text_prompt_of_ids(self, token_ids: list[int], suffix: str = "") -> TextPrompt:
+        """A tokenised prompt: the reasoner reads it without the special tokens before and the suffix behind it."""
+        before, after = self._prefix, self._token_ids(suffix)
+        start = len(before) if token_ids[: len(before)] == before else 0
+        stop = len(token_ids) - (len(after) if after and token_ids[-len(after) :] == after else 0)
+        ids = token_ids[start:stop]
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token that is not padding")
+        reading = self._reading(token_ids[:start], ids, [], str(self.tokenizer.decode(ids)))
+        return TextPrompt(token_ids, reading)
 
     def text_vectors(self, texts: Sequence[str]) -> Tensor:
         """Static vectors of short texts (options, field names): the mean of their token embeddings, float32.
@@ -354,6 +411,33 @@ class Backbone:
             return False
         view.has_compiled_blocks = True
         return True
+
+    def run_on(
+        self, token_ids: Tensor, mask: Tensor, cache: Cache, layers: Sequence[int] = (), to_the_end: bool = True
+    ) -> list[Tensor]:
+        """Read more tokens after those in a cache, which grows by them.
+
+        Args:
+            token_ids: (batch, new).
+            mask: (batch, cached + new), which tokens exist; positions count these only.
+            cache: Keys and values of what was read before.
+            layers: Hidden states to keep.
+            to_the_end: Run all layers, so that the whole cache grows; else stop at the highest of `layers`.
+
+        Returns:
+            States of the new tokens at each of `layers`, (batch, new, backbone_dim).
+        """
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
+        _reading.layers, _reading.states, _reading.to_the_end = layers, {}, to_the_end
+        try:
+            self._encoder(
+                input_ids=token_ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
+            )
+        except _ReachedHighestLayer:
+            pass
+        finally:
+            states, _reading.layers, _reading.states, _reading.to_the_end = _reading.states, (), {}, False
+        return [states[layer] for layer in layers]
 
     def _run_to(self, layers: list[int], token_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
         is_short = token_ids.shape[1] <= SHORT and self.device.type == "cpu"

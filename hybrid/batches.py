@@ -77,9 +77,15 @@ def label_numbers(example: Example) -> list[int]:
 
 
 def known_options(examples: Sequence[Example], at_most: int = 1000) -> list[str]:
-    """Options worth a learned residual: all of them, unless the set is open (more than `at_most`)."""
-    options = sorted({option for fields in {e.fields for e in examples} for f in fields for option in f.options})
-    return options if len(options) <= at_most else []
+    """Texts worth a learned residual: options, and names where there are several fields, unless there are too many.
+
+    The static vector of a text does not know the order of its tokens: `r1c2` and `r2c1` have the same.
+    """
+    asked = {example.fields for example in examples}
+    options = {option for fields in asked for field in fields for option in field.options}
+    names = {field.name for fields in asked if len(fields) > 1 for field in fields}
+    known = sorted(options | names if len(options | names) <= at_most else options)
+    return known if len(known) <= at_most else []
 
 
 def common_choices(examples: Sequence[Example]) -> list[str] | None:

@@ -1,8 +1,8 @@
 """Every number of a run, typed and validated: what YAML files, the command line and a saved head are made of.
 
-`RunConfig` is what `hybrid train` reads. Its first three sections (`backbone`, `adapter`, `reasoner`) are also what a
-saved head carries, inside `HybridConfig` (`config.json`), together with what training fixed: the backbone's hidden
-size and the options known by name.
+`RunConfig` is what `hybrid train` reads. Its first four sections (`backbone`, `adapter`, `reasoner`, `text`) are also
+what a saved head carries, inside `HybridConfig` (`config.json`), together with what training fixed: the backbone's
+hidden size and the options known by name.
 """
 
 from __future__ import annotations
@@ -144,6 +144,24 @@ class ReasonerConfig:
 
 
 @dataclass(kw_only=True)
+class TextConfig:
+    """Text from the frozen model, steered by the refined slots.
+
+    Args:
+        enabled: Give the head a text decoder.
+        suffix: What follows the question in the prompt.
+        chat: Put the question into the tokenizer's chat template; the model then writes the assistant's turn.
+        answer: What is to be written, a format string over field names (`The answer is {answer}.`); `null` writes
+            the answer, or `name: answer, …` where there are several fields. A row's own `answer_text` comes first.
+    """
+
+    enabled: bool = False
+    suffix: str = "\nAnswer:"
+    chat: bool = False
+    answer: str | None = None
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Where the questions come from. Exactly one of `path`, `hub_id` and `reasoning_gym` names the source.
 
@@ -254,7 +272,11 @@ class TrainingConfig:
         ema_decay: Exponential moving average of the weights; this is what is evaluated and saved.
         precision: `bf16` computes in bfloat16 with float32 master weights; `auto` picks it where it is native.
         halt_exploration: Fraction of rows that must run a random number of steps before they may halt.
-        halt_loss_weight: Weight of the halting loss beside the answer loss.
+        answer_loss_weight: Weight of the cross-entropy of the fields.
+        halt_loss_weight: Weight of the halting loss.
+        text_loss_weight: Weight of the next-token loss on the answer's text, of heads with a text decoder.
+        start_from: Folder of a head whose weights the run starts from; parts that it lacks start anew.
+        parts: Parts of the head that are trained: `adapter`, `reasoner`, `decoder`, `text_decoder`; `null` is all.
         recursion_schedule: Stages that grow the recursion.
         curriculum: Draw the shallowest training depth first, and add the next one as soon as this share of the
             deepest drawn so far is answered right; `None` draws all depths from the start.
@@ -281,7 +303,11 @@ class TrainingConfig:
     ema_decay: float = 0.999
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     halt_exploration: float = 0.1
+    answer_loss_weight: float = 1.0
     halt_loss_weight: float = 0.5
+    text_loss_weight: float = 1.0
+    start_from: str | None = None
+    parts: list[Literal["adapter", "reasoner", "decoder", "text_decoder"]] | None = None
     recursion_schedule: list[RecursionStage] = field(default_factory=list)
     curriculum: float | None = None
     feature_noise: float = 0.0
@@ -299,7 +325,8 @@ class TrainingConfig:
             _check(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number > 0")
         for name in ("learning_rate", "max_grad_norm"):
             _check(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number > 0")
-        for name in ("weight_decay", "warmup_updates", "halt_loss_weight", "feature_noise"):
+        weights = ("answer_loss_weight", "halt_loss_weight", "text_loss_weight")
+        for name in ("weight_decay", "warmup_updates", "feature_noise", *weights):
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "a number ≥ 0")
         _check(all(0 <= beta < 1 for beta in self.betas), "training.betas", self.betas, "two numbers in [0, 1)")
         _check(self.patience is None or self.patience > 0, "training.patience", self.patience, "> 0, or null")
@@ -328,12 +355,13 @@ class RunConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     reasoner: ReasonerConfig = field(default_factory=ReasonerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     data: DataConfig = field(default_factory=DataConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
-def _section(cls: type[BackboneConfig | AdapterConfig | ReasonerConfig], value: Any, name: str) -> Any:
+def _section(cls: type[BackboneConfig | AdapterConfig | ReasonerConfig | TextConfig], value: Any, name: str) -> Any:
     """A section of `HybridConfig` from its JSON form; keys of newer versions are named in a warning, not lost."""
     if not isinstance(value, dict):
         return value if value is not None else cls()
@@ -351,8 +379,9 @@ class HybridConfig(PreTrainedConfig):
         backbone: The frozen model the head was trained on (layers resolved to numbers).
         adapter: Section of the same name in `RunConfig`.
         reasoner: Section of the same name in `RunConfig`.
+        text: Section of the same name in `RunConfig`.
         backbone_dim: Hidden size of the backbone.
-        known_options: Options that own a learned residual, by text, in the order of the embedding's rows.
+        known_options: Options and field names that own a learned residual, in the order of its rows.
         choices: Default options of a question asked without any.
         license: Licence of the head, for its card.
         hybrid_version: Version that wrote the head.
@@ -363,6 +392,7 @@ class HybridConfig(PreTrainedConfig):
     backbone: Any = None
     adapter: Any = None
     reasoner: Any = None
+    text: Any = None
     backbone_dim: int = 576
     known_options: list[str] | None = None
     choices: list[str] | None = None
@@ -373,6 +403,7 @@ class HybridConfig(PreTrainedConfig):
         self.backbone = _section(BackboneConfig, self.backbone, "backbone")
         self.adapter = _section(AdapterConfig, self.adapter, "adapter")
         self.reasoner = _section(ReasonerConfig, self.reasoner, "reasoner")
+        self.text = _section(TextConfig, self.text, "text")
         inherited = {"model_type", "torch_dtype", "name_or_path", "attn_implementation", "output_attentions"}
         unknown = sorted(key for key in kwargs if not key.startswith("_") and key not in inherited)
         if unknown:
@@ -382,7 +413,7 @@ class HybridConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """JSON form, sections as plain dictionaries."""
         output = super().to_dict()
-        for name in ("backbone", "adapter", "reasoner"):
+        for name in ("backbone", "adapter", "reasoner", "text"):
             output[name] = dataclasses.asdict(getattr(self, name))
         return output
 

@@ -26,7 +26,7 @@ from hybrid.config import DataConfig
 from hybrid.decoder import Field
 
 ROLES = ("valid", "test", "train")  # in this order they cut slices of a split; what one takes, the next do not see
-COLUMNS = ("context", "question", "answer", "choices", "fields", "depth", "id")
+COLUMNS = ("context", "question", "answer", "choices", "fields", "depth", "id", "answer_text")
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 VALID_NAMES = ("valid", "validation", "val", "dev")  # one split under four names
 SLICE = re.compile(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")  # train[-1000:], train[:90%]
@@ -39,7 +39,11 @@ Bounds = tuple[str | None, str | None]  # start and stop of a slice, as written
 
 @dataclass(frozen=True)
 class Example:
-    """One question. `answers` holds one option text per field; `depth` is hops, proof depth or size, if known."""
+    """One question.
+
+    `answers` holds one option text per field; `depth` is hops, proof depth or size, if known; `answer_text` is the
+    answer in words, if the source has one.
+    """
 
     context: str | None
     question: str
@@ -47,6 +51,7 @@ class Example:
     answers: tuple[str, ...]
     depth: int | None
     id: str
+    answer_text: str | None = None
 
 
 def load_examples(config: DataConfig, split: str) -> list[Example]:
@@ -78,7 +83,10 @@ def load_examples(config: DataConfig, split: str) -> list[Example]:
 
 def data_fingerprint(examples: Iterable[Example]) -> str:
     """Hash everything in the examples, and their order, to 16 letters that are the same on every machine."""
-    lines = (json.dumps(asdict(example), sort_keys=True) for example in examples)
+    rows = (
+        {name: value for name, value in asdict(e).items() if (name, value) != ("answer_text", None)} for e in examples
+    )
+    lines = (json.dumps(row, sort_keys=True) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -250,7 +258,8 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
         raise ValueError(f"choices of the fields {wrong}: expected lists of texts, or set data.choices")
     fields = tuple(Field(key, tuple(str(value).strip() for value in values)) for key, values in named.items())
     answers = tuple(_pick(field, answer[field.name]) for field in fields)
-    return Example(context or None, question, fields, answers, _to_depth(row.get("depth")), name)
+    words = row.get("answer_text")
+    return Example(context or None, question, fields, answers, _to_depth(row.get("depth")), name, words and str(words))
 
 
 def _pick(field: Field, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Refined latents to answers: fields and their options."""
+"""Refined latents to answers: fields and their options, and soft tokens for text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hybrid.layers import rms_norm
+
+MIN_WEIGHT = 1e-6  # of a soft token in training: one that is not seen at all would get no gradient
 
 
 @dataclass(frozen=True)
@@ -128,3 +130,34 @@ class FieldDecoder(nn.Module):
         mask = fields.field_mask.unsqueeze(-1)
         pooled = (answers * mask).sum(1) / mask.sum(1).clamp(min=1)
         return scores.masked_fill(fields.option_index < 0, float("-inf")), self.halt_head(pooled).squeeze(-1).float()
+
+
+class TextDecoder(nn.Module):
+    """Refined slots to soft tokens, each with a weight by which the attention paid to it is multiplied.
+
+    All weights start at zero: an untrained decoder leaves what the language model writes as it is. A weight depends
+    on its slot, so that the decoder can keep out of texts that it has nothing to say about.
+
+    Args:
+        dim: Width of the slots.
+        backbone_dim: Width of the language model's token embeddings.
+    """
+
+    embedding_scale: Tensor
+
+    def __init__(self, *, dim: int, backbone_dim: int):
+        super().__init__()
+        self.projection = nn.Linear(dim, backbone_dim, bias=False)
+        self.gate = nn.Linear(dim, 1)
+        self.register_buffer("embedding_scale", torch.ones(()))  # root mean square of the embeddings
+
+    def forward(
+        self, slots: Float[Tensor, "batch slots dim"], slot_mask: Bool[Tensor, "batch slots"]
+    ) -> tuple[Float[Tensor, "batch slots backbone_dim"], Float[Tensor, "batch slots"]]:
+        """Soft tokens and the logarithms of their weights (float32, -inf where one is not seen)."""
+        soft = rms_norm(self.projection(slots)) * self.embedding_scale
+        gate = self.gate(slots).squeeze(-1).float()
+        weight = gate.clamp(min=0)
+        if self.training:  # the gradient passes as if there were no lower end, so that a closed gate can open
+            weight = gate + (weight + MIN_WEIGHT - gate).detach()
+        return soft, weight.log().masked_fill(~slot_mask, float("-inf"))

@@ -22,8 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hybrid import __version__
+from hybrid.backbone import length_batches
 from hybrid.batches import EmbeddedExamples
 from hybrid.data import Example, data_fingerprint
+from hybrid.generation import answer_text_loss
 from hybrid.inference import PICKS, noisy_copies, pick_rollout, refine
 from hybrid.losses import all_fields_right
 from hybrid.model import HybridModel
@@ -90,6 +92,20 @@ class StepRecord:
     def right_when_halted(self, max_steps: int) -> Tensor:
         """Whether the answer at the halting step is right, (examples,)."""
         return self.right.gather(0, (self.steps_used(max_steps) - 1)[None])[0]
+
+
+@torch.inference_mode()
+def run_text(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int], token_budget: int = 8192) -> Tensor:
+    """Whether greedy decoding writes the answer of each of some examples, word for word; (rows,)."""
+    model.eval()
+    right = torch.zeros(len(rows), dtype=torch.bool)
+    for places in length_batches([examples.lengths[row] for row in rows], token_budget):
+        chosen = [rows[place] for place in places]
+        hidden_states, mask, fields, _ = examples.batch(model, chosen)
+        latent = refine(model, hidden_states, mask, fields).answer_latent.to(model.device)
+        _, written = answer_text_loss(model, latent, fields, [examples.examples[row] for row in chosen])
+        right[places] = written.cpu()
+    return right
 
 
 def run_steps(

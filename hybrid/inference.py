@@ -16,7 +16,7 @@ from hybrid.reasoner import has_halted, state_movement
 
 ROLLOUT_NOISE = 1.0  # standard deviation on z, whose own components have unit variance
 PICKS = ("q", "vote")
-FINAL = ("scores", "halt_logits", "steps")
+FINAL = ("scores", "halt_logits", "steps", "answer_latent")
 BY_STEP = ("scores_by_step", "halt_logits_by_step", "wants_halt_by_step", "movement_by_step")
 TOKEN_BUDGET = 8192  # tokens of one inference batch, padding included
 
@@ -29,6 +29,7 @@ class Refined:
         scores: Logits of the options at each row's last step, (batch, fields, options).
         halt_logits: The q head at that step, (batch,).
         steps: Refinement steps that each row used, (batch,).
+        answer_latent: Answer latent of the field and tape slots at that step, (batch, slots, dim).
         scores_by_step: (steps, batch, fields, options), a halted row keeps its last scores; `None` unless asked for.
         halt_logits_by_step: (steps, batch), likewise.
         wants_halt_by_step: (steps, batch), whether the row would halt there by the head's own halting.
@@ -38,6 +39,7 @@ class Refined:
     scores: Tensor
     halt_logits: Tensor
     steps: Tensor
+    answer_latent: Tensor
     scores_by_step: Tensor | None = None
     halt_logits_by_step: Tensor | None = None
     wants_halt_by_step: Tensor | None = None
@@ -54,6 +56,7 @@ class Answer:
         steps: Refinement steps used.
         trace: Per step, field name → option → probability.
         halt_probability: The q head's belief that every field is right.
+        text: What the language model writes about it, if it was asked to explain.
     """
 
     value: str | dict[str, str]
@@ -61,6 +64,7 @@ class Answer:
     steps: int
     trace: list[dict[str, dict[str, float]]]
     halt_probability: float
+    text: str | None = None
 
 
 @torch.inference_mode()
@@ -94,12 +98,14 @@ def refine(
     halting = halting or reasoner.halting
     encoded = model.encode(hidden_states, memory_mask, fields)
     state = model.reasoner.initial_state(encoded.slots, noise)
-    result = _empty_result(fields, max_steps, by_step)
+    num_slots = model.num_answer_slots(fields)
+    result = _empty_result(fields, max_steps, by_step, encoded.slots[:, :num_slots])
     active = torch.arange(len(hidden_states))
     for step in range(1, max_steps + 1):
         previous_y = state.y
         state, y = model.reasoner.refinement_step(encoded.slots, encoded.memory, state)
         scores, halt_logits = model.decoder(y, fields)
+        result.answer_latent[active] = y[:, :num_slots].cpu()
         signs = halt_logits, y, previous_y, encoded.slot_mask, reasoner.convergence_tolerance
         wants, movement = has_halted(reasoner.halting, *signs), state_movement(y, previous_y, encoded.slot_mask)
         _record(result, step, active, scores.cpu(), halt_logits.cpu(), wants.cpu(), movement.cpu())
@@ -121,9 +127,10 @@ def refine(
     return result
 
 
-def _empty_result(fields: FieldBatch, max_steps: int, by_step: bool) -> Refined:
+def _empty_result(fields: FieldBatch, max_steps: int, by_step: bool, slots: Tensor) -> Refined:
     shape = tuple(fields.option_index.shape)
-    result = Refined(torch.empty(shape), torch.empty(shape[0]), torch.zeros(shape[0], dtype=torch.long))
+    steps, latent = torch.zeros(shape[0], dtype=torch.long), torch.empty_like(slots, device="cpu")
+    result = Refined(torch.empty(shape), torch.empty(shape[0]), steps, latent)
     if by_step:
         result.scores_by_step = torch.empty(max_steps, *shape)
         result.halt_logits_by_step = torch.empty(max_steps, shape[0])
@@ -234,7 +241,7 @@ def answer(
         context: The text that comes before the question.
         choices: Options of a question with one answer; by default those of the head.
         fields: What is asked, when there are several answers; not together with `choices`.
-        **kwargs: `max_steps`, `halting`, `rollouts`, `pick`, `seed`, as in `answer_batch`.
+        **kwargs: `explain`, `max_steps`, `halting`, `rollouts`, `pick`, `seed`, as in `answer_batch`.
 
     Raises:
         ValueError: No options, or an empty or too long text.
@@ -251,6 +258,7 @@ def answer_batch(
     contexts: Sequence[str | None] | None = None,
     choices: Sequence[str] | None = None,
     fields: Sequence[Field] | None = None,
+    explain: bool = False,
     max_steps: int | None = None,
     halting: str | None = None,
     rollouts: int = 1,
@@ -265,24 +273,34 @@ def answer_batch(
         contexts: A context for each.
         choices: Options of a question with one answer; by default those of the head.
         fields: What is asked, when there are several answers.
+        explain: Also let the language model write from the refined latents (`Answer.text`); needs a text decoder.
         max_steps: Refinement steps at most.
         halting: `learned`, `convergence` or `never`.
         rollouts: Noisy copies per question.
         pick: How one copy is chosen, `q` or `vote`.
         seed: Seed of the noise.
     """
-    asked = _fields_asked(model, choices, fields)
+    from hybrid.generation import check_text_decoder, read_texts, text_prompts, write_texts  # built on this module
+
+    asked = fields_asked(model, choices, fields)
+    if explain:
+        check_text_decoder(model)
     contexts = contexts if contexts is not None else [None] * len(questions)
     texts = list(zip(contexts, questions, strict=True))
     lengths = [len(prompt.token_ids) for prompt in model.backbone.prompts(texts)] if texts else []
     answers: dict[int, Answer] = {}
     for rows in length_batches(lengths, TOKEN_BUDGET):
-        hidden_states, mask = model.embed([texts[row] for row in rows])
+        prompts = text_prompts(model, [texts[row] for row in rows]) if explain else []
+        if explain:
+            read, hidden_states, mask = read_texts(model, prompts)
+        else:
+            read, (hidden_states, mask) = None, model.embed([texts[row] for row in rows])
+        batch = model.field_batch([asked] * len(rows))
         refined = refine_rollouts(
             model,
             hidden_states,
             mask,
-            model.field_batch([asked] * len(rows)),
+            batch,
             rollouts=rollouts,
             pick=pick,
             seed=seed,
@@ -290,13 +308,23 @@ def answer_batch(
             halting=halting,
             by_step=True,
         )
-        answers.update((row, _read_answer(refined, index, asked)) for index, row in enumerate(rows))
+        written = (
+            write_texts(model, prompts, read, refined.answer_latent, batch, max_new_tokens=64)
+            if read
+            else [None] * len(rows)
+        )
+        answers.update((row, _read_answer(refined, i, asked, written[i])) for i, row in enumerate(rows))
     return [answers[row] for row in range(len(questions))]
 
 
-def _fields_asked(
+def fields_asked(
     model: HybridModel, choices: Sequence[str] | None, fields: Sequence[Field] | None
 ) -> tuple[Field, ...]:
+    """The fields that a question asks: `fields`, or a single one with `choices`, or with those of the head.
+
+    Raises:
+        ValueError: None or both are given, or names appear twice.
+    """
     if isinstance(choices, str):
         raise ValueError(f"choices={choices!r}: expected a list of texts")
     if fields is not None and choices is not None:
@@ -311,7 +339,7 @@ def _fields_asked(
     return (Field("answer", choices),)
 
 
-def _read_answer(refined: Refined, row: int, fields: Sequence[Field]) -> Answer:
+def _read_answer(refined: Refined, row: int, fields: Sequence[Field], text: str | None) -> Answer:
     assert refined.scores_by_step is not None
     steps = int(refined.steps[row])
     probabilities = refined.scores_by_step[:steps, row].softmax(-1)  # (steps, fields, options)
@@ -330,4 +358,5 @@ def _read_answer(refined: Refined, row: int, fields: Sequence[Field]) -> Answer:
         steps=steps,
         trace=trace,
         halt_probability=float(refined.halt_logits[row].sigmoid()),
+        text=text,
     )

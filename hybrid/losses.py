@@ -36,6 +36,7 @@ def refinement_loss(
     halt_logits: Float[Tensor, " batch"],
     labels: Int[Tensor, "batch fields"],
     halt_loss_weight: float = 0.5,
+    answer_loss_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """The training loss of one refinement step and what it is made of.
 
@@ -45,7 +46,7 @@ def refinement_loss(
     right = all_fields_right(scores.detach(), labels)
     answers, halts = answer_loss(scores, labels).mean(), halting_loss(halt_logits, right).mean()
     return {
-        "loss": answers + halt_loss_weight * halts,
+        "loss": answer_loss_weight * answers + halt_loss_weight * halts,
         "answer_loss": answers.detach(),
         "halt_loss": halts.detach(),
         "accuracy": right.float().mean(),

@@ -18,12 +18,13 @@ from transformers.utils import ModelOutput
 from hybrid import __version__
 from hybrid.adapter import Adapter
 from hybrid.backbone import Backbone, load_backbone, native_dtype, quiet_transformers
-from hybrid.config import AdapterConfig, HybridConfig, ReasonerConfig
-from hybrid.decoder import Field, FieldBatch, FieldDecoder
+from hybrid.config import AdapterConfig, HybridConfig, ReasonerConfig, TextConfig
+from hybrid.decoder import Field, FieldBatch, FieldDecoder, TextDecoder
 from hybrid.hub import check_head_folder, write_card
 from hybrid.layers import init_linear_
 from hybrid.losses import refinement_loss
 from hybrid.reasoner import ReasonerState, RecursiveReasoner
+from hybrid.soft_prompt import check_writes
 
 if TYPE_CHECKING:
     from hybrid.inference import Answer
@@ -51,6 +52,7 @@ class HybridOutput(ModelOutput):
         scores: Float32 logits of the options, (batch, fields, options).
         halt_logits: The q head, (batch,).
         state: State for the next step.
+        y: The answer latent with its gradient, (batch, slots, dim).
         slot_mask: Which slots exist, (batch, slots).
         metrics: Detached parts of the loss.
     """
@@ -59,6 +61,7 @@ class HybridOutput(ModelOutput):
     scores: Tensor | None = None
     halt_logits: Tensor | None = None
     state: Any = None
+    y: Tensor | None = None
     slot_mask: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
 
@@ -108,6 +111,8 @@ class HybridModel(PreTrainedModel):
             num_tape_slots=reasoner.num_tape_slots,
             num_known=len(known),
         )
+        text = TextDecoder(dim=reasoner.dim, backbone_dim=config.backbone_dim) if config.text.enabled else None
+        self.text_decoder = text
         self._known = {option: row for row, option in enumerate(known)}
         self._backbone: Backbone | None = None
         self._texts = _TextTable()
@@ -120,6 +125,9 @@ class HybridModel(PreTrainedModel):
         if module is self.decoder.halt_head:  # start by believing nothing is right yet, as TRM does
             nn.init.zeros_(module.weight)
             nn.init.constant_(module.bias, -5.0)
+        if self.text_decoder is not None and module is self.text_decoder.gate:  # start by saying nothing
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
 
     # -- the backbone ----------------------------------------------------------------------------------------------
 
@@ -131,6 +139,7 @@ class HybridModel(PreTrainedModel):
         backbone_config: Any,
         adapter: AdapterConfig | None = None,
         reasoner: ReasonerConfig | None = None,
+        text: TextConfig | None = None,
         known_options: Sequence[str] = (),
         choices: Sequence[str] | None = None,
         license: str | None = None,
@@ -142,6 +151,7 @@ class HybridModel(PreTrainedModel):
             backbone_config: The `BackboneConfig` it was loaded with, recorded so that the head can find it again.
             adapter: Numbers of the adapter.
             reasoner: Numbers of the reasoner.
+            text: Whether it writes text, and how it is asked to.
             known_options: Options that get a learned residual.
             choices: Options of a question asked without any.
             license: Licence of the head, for its card.
@@ -150,13 +160,18 @@ class HybridModel(PreTrainedModel):
             backbone=replace(backbone_config, layers=backbone.layers, template=backbone.template),
             adapter=adapter or AdapterConfig(),
             reasoner=reasoner or ReasonerConfig(),
+            text=text or TextConfig(),
             backbone_dim=backbone.dim,
             known_options=list(known_options),
             choices=list(choices) if choices is not None else None,
             license=license,
             hybrid_version=__version__,
         )
-        return cls(config).attach_backbone(backbone)
+        model = cls(config).attach_backbone(backbone)
+        if model.text_decoder is not None:
+            weight = backbone.model.get_input_embeddings().weight
+            model.text_decoder.embedding_scale.copy_(weight.detach().float().pow(2).mean().sqrt())
+        return model
 
     @property
     def backbone(self) -> Backbone:
@@ -182,6 +197,8 @@ class HybridModel(PreTrainedModel):
                 f"({self.config.backbone.name_or_path}), and {backbone.name} has {backbone.dim}: "
                 "attach the backbone it was trained on"
             )
+        if self.text_decoder is not None:
+            check_writes(backbone)
         recorded = self.config.backbone.name_or_path
         if not backbone.name.startswith(recorded):
             warnings.warn(f"this head was trained on {recorded}, and gets {backbone.name}", stacklevel=2)
@@ -272,7 +289,8 @@ class HybridModel(PreTrainedModel):
 
     def parameter_groups(self) -> dict[str, int]:
         """Trainable parameters by part; they add up to all of them."""
-        groups = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        parts = self.named_children()
+        groups = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts}
         total = sum(p.numel() for p in self.parameters() if p.requires_grad)
         assert sum(groups.values()) == total, f"groups {groups} do not add up to {total}"
         return groups
@@ -295,11 +313,20 @@ class HybridModel(PreTrainedModel):
         """
         prompts = self.backbone.prompts(texts)
         states = self.backbone.hidden_states(prompts)
-        token_ids = [torch.tensor(prompt.token_ids[prompt.memory_start : prompt.memory_stop]) for prompt in prompts]
-        lengths = torch.tensor([len(ids) for ids in token_ids])
+        return self.pad_states([prompt.memory_ids for prompt in prompts], states)
+
+    def pad_states(self, token_ids: Sequence[Sequence[int]], states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Hidden states of each text as one batch, and their mask; shapes as in `embed`.
+
+        Args:
+            token_ids: The tokens of each text.
+            states: Their states at the stored layers, (tokens, stored_layers, backbone_dim) each.
+        """
+        ids = [torch.tensor(row) for row in token_ids]
+        lengths = torch.tensor([len(row) for row in ids])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         pad = nn.utils.rnn.pad_sequence
-        return self.all_layers(pad(token_ids, batch_first=True), pad(states, batch_first=True)), mask.to(self.device)
+        return self.all_layers(pad(ids, batch_first=True), pad(list(states), batch_first=True)), mask.to(self.device)
 
     def all_layers(self, token_ids: Tensor, stored: Tensor) -> Tensor:
         """Stored states plus the looked-up embedding layer, on the head's device and in its dtype.
@@ -313,6 +340,10 @@ class HybridModel(PreTrainedModel):
             return stored
         embedding = self.backbone.embed_tokens(token_ids).to(self.device, self.dtype)
         return torch.cat([embedding.unsqueeze(2), stored], dim=2)
+
+    def num_answer_slots(self, fields: FieldBatch) -> int:
+        """Field and tape slots; tokens that are slots come behind them."""
+        return fields.name_index.shape[1] + self.config.reasoner.num_tape_slots
 
     def field_batch(self, rows: Sequence[Sequence[Field]], num_fields: int | None = None) -> FieldBatch:
         """Fields as tensors; padded to `num_fields`, or to the longest row."""
@@ -363,6 +394,7 @@ class HybridModel(PreTrainedModel):
         num_latent_passes: int | None = None,
         num_cycles: int | None = None,
         halt_loss_weight: float = 0.5,
+        answer_loss_weight: float = 1.0,
     ) -> HybridOutput:
         """One refinement step for every row.
 
@@ -376,6 +408,7 @@ class HybridModel(PreTrainedModel):
             num_latent_passes: Overrides the configuration (n).
             num_cycles: Overrides the configuration (T).
             halt_loss_weight: Weight of the halting loss.
+            answer_loss_weight: Weight of the cross-entropy of the fields.
         """
         encoded = self.encode(hidden_states, memory_mask, fields)
         noise = self.config.reasoner.state_noise if self.training else 0.0
@@ -390,12 +423,14 @@ class HybridModel(PreTrainedModel):
             start = state
         state, y = self.reasoner.refinement_step(encoded.slots, encoded.memory, start, num_latent_passes, num_cycles)
         scores, halt_logits = self.decoder(y, fields)
-        metrics = refinement_loss(scores, halt_logits, labels, halt_loss_weight) if labels is not None else {}
+        weights = halt_loss_weight, answer_loss_weight
+        metrics = refinement_loss(scores, halt_logits, labels, *weights) if labels is not None else {}
         return HybridOutput(
             loss=metrics.pop("loss", None),
             scores=scores,
             halt_logits=halt_logits,
             state=state,
+            y=y,
             slot_mask=encoded.slot_mask,
             metrics=metrics,
         )
@@ -405,6 +440,18 @@ class HybridModel(PreTrainedModel):
         from hybrid.inference import answer
 
         return answer(self, question, **kwargs)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Go on from tokenised prompts; see `hybrid.generation.generate`, where this is written."""
+        from hybrid.generation import generate
+
+        return generate(self, input_ids, attention_mask, **kwargs)
+
+    def generate_text(self, question: str, **kwargs: Any) -> str:
+        """Text in, text out; see `hybrid.generation.generate_text`, where this is written."""
+        from hybrid.generation import generate_text
+
+        return generate_text(self, question, **kwargs)
 
 
 class _TextTable:

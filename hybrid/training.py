@@ -26,20 +26,25 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hybrid.backbone import Backbone, load_backbone, native_dtype
 from hybrid.batches import EmbeddedExamples, common_choices, embed_examples, known_options
 from hybrid.config import ReasonerConfig, RecursionStage, RunConfig, TrainingConfig, to_plain
-from hybrid.data import data_fingerprint, load_examples
-from hybrid.evaluation import by_depth, run_steps
+from hybrid.data import Example, data_fingerprint, load_examples
+from hybrid.decoder import FieldBatch
+from hybrid.evaluation import by_depth, run_steps, run_text
+from hybrid.generation import answer_text, answer_text_loss
+from hybrid.hub import check_head_folder
 from hybrid.losses import all_fields_right
 from hybrid.model import HybridModel
 from hybrid.parallel import map_in_threads
 from hybrid.reasoner import ReasonerState, has_halted
 
 CHECKPOINT = "checkpoint.pt"
+MAX_WRITTEN = 200  # validation answers that are written in words at each evaluation
 MASTERY_ROWS = 1000  # rows over which the curriculum follows the share of right answers
 MIN_PART = 16  # rows of a part below which matrix products get slow
 NUM_STATISTICS_TOKENS = 16_384  # training tokens from which the adapter takes means and deviations
@@ -102,12 +107,17 @@ class CarriedRows:
         """Number of the example that each row holds."""
         return [self.stream.example(row, draw) for row, draw in zip(self.rows, self.draws.tolist(), strict=True)]
 
+    def ending(self, part: Tensor, wants: Tensor, max_steps: int) -> Tensor:
+        """Which rows are done with the step under way: those that want to halt and may, or must."""
+        steps = self.steps[part] + 1
+        return wants & (steps >= self.min_steps[part]) | (steps >= max_steps)
+
     def advance(self, part: Tensor, state: ReasonerState, wants: Tensor, max_steps: int) -> None:
-        """Keep the new state and mark the rows that are done: those that want to halt and may, or must."""
+        """Keep the new state and mark the rows that are done."""
         num_slots = state.y.shape[1]
         self.y[part, :num_slots], self.z[part, :num_slots] = state.y, state.z
+        self.halted[part] = self.ending(part, wants, max_steps)
         self.steps[part] += 1
-        self.halted[part] = wants & (self.steps[part] >= self.min_steps[part]) | (self.steps[part] >= max_steps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on."""
@@ -119,6 +129,8 @@ class MasterWeights:
     """Float32 weights, their EMA and the optimizer, for a model that may compute in bfloat16."""
 
     def __init__(self, model: HybridModel, config: TrainingConfig):
+        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        self.frozen = {name: parameter.float().clone() for name, parameter in frozen.items()}
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in self.parameters]
@@ -130,7 +142,8 @@ class MasterWeights:
         """AdamW, or Muon for the weights of linear layers with AdamW for the rest."""
         config, masters = self.config, dict(zip(self.names, self.masters, strict=True))
         linear = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        muon = [masters.pop(name) for name in linear if len(masters[name]) > 1] if config.optimizer == "muon" else []
+        linear = [name for name in linear if name in masters and len(masters[name]) > 1]
+        muon = [masters.pop(name) for name in linear] if config.optimizer == "muon" else []
         decayed = [master for master in masters.values() if master.ndim > 1]
         plain = [master for master in masters.values() if master.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -189,8 +202,8 @@ class MasterWeights:
             self._show(self.masters)
 
     def head_state(self, model: HybridModel) -> dict[str, Tensor]:
-        """The state dict that is saved: EMA weights in float32, and buffers."""
-        state = {name: buffer.float() for name, buffer in model.named_buffers()}
+        """The state dict that is saved: EMA weights in float32, what is not trained, and buffers."""
+        state = self.frozen | {name: buffer.float() for name, buffer in model.named_buffers()}
         return state | dict(zip(self.names, (weight.clone() for weight in self.ema), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,6 +299,8 @@ class Trainer:
         dtype = {"auto": native, "bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.precision]
         self.train, self.valid = train, valid
         self.model = model.to(accelerator.device)
+        for name, part in model.named_children():
+            part.requires_grad_(self.settings.parts is None or name in self.settings.parts)
         if accelerator.num_processes > 1:  # machines may differ in the last bit of what they embed or draw
             for tensor in (*model.parameters(), *model.buffers()):
                 torch.distributed.broadcast(tensor.data, 0)
@@ -404,7 +419,14 @@ class Trainer:
             num_latent_passes=stage.num_latent_passes,
             num_cycles=stage.num_cycles,
             halt_loss_weight=settings.halt_loss_weight,
+            answer_loss_weight=settings.answer_loss_weight,
         )
+        previous_y = rows.y[part, : output.state.y.shape[1]]
+        signs = output.halt_logits.detach(), output.state.y, previous_y, output.slot_mask, stage.convergence_tolerance
+        wants_halt = has_halted(stage.halting, *signs).cpu()
+        if self.model.text_decoder is not None:
+            ending = rows.ending(part, wants_halt, stage.max_steps)
+            self._add_text_loss(output, ending, fields, [self.train.examples[example] for example in examples])
         loss = output.loss.detach()
         if not torch.isfinite(loss):
             names = [self.train.examples[example].id for example in examples[:3]]
@@ -412,12 +434,23 @@ class Trainer:
                 f"the loss is {float(loss)} at update {self.num_updates} (rows {names} …): lower "
                 f"training.learning_rate={settings.learning_rate:g} and go on from the last checkpoint with --resume"
             )
-        gradients = torch.autograd.grad(output.loss, self.weights.parameters, allow_unused=True)
-        previous_y = rows.y[part, : output.state.y.shape[1]]
-        signs = output.halt_logits.detach(), output.state.y, previous_y, output.slot_mask, stage.convergence_tolerance
-        wants_halt = has_halted(stage.halting, *signs).cpu()
+        gradients: Sequence[Tensor | None] = [None] * len(self.weights.parameters)
+        if output.loss.requires_grad:  # else no text was written, and nothing but the text decoder is trained
+            gradients = torch.autograd.grad(output.loss, self.weights.parameters, allow_unused=True)
         right = all_fields_right(output.scores.detach(), labels).cpu()
         return PartStep(output.state, {"loss": loss, **output.metrics}, gradients, wants_halt, right)
+
+    def _add_text_loss(self, output: Any, ending: Tensor, fields: FieldBatch, examples: Sequence[Example]) -> None:
+        """Add the loss of writing the answer, for the rows whose refinement ends with this step."""
+        numbers = ending.nonzero().squeeze(1)
+        losses, written = output.loss.new_zeros(1), torch.zeros(0)
+        if len(numbers):
+            latent = output.y[numbers, : self.model.num_answer_slots(fields)]
+            chosen = [examples[number] for number in numbers.tolist()]
+            losses, written = answer_text_loss(self.model, latent, fields.select(numbers), chosen)
+        share = losses.sum() / len(ending)  # a row counts once, however many steps it takes
+        output.loss = output.loss + self.settings.text_loss_weight * share
+        output.metrics |= {"text_loss": share.detach(), "written_right": written.float().sum() / len(ending)}
 
     def stage(self) -> ReasonerConfig:
         """The recursion numbers of this update."""
@@ -469,15 +502,21 @@ class Trainer:
             accuracy = float(halted.float().mean())
             depths = {str(row["depth"]): round(row["accuracy"], 4) for row in by_depth(halted, self.valid.examples)}
             steps = float(record.steps_used(max_steps).float().mean())
-            self._write_log(
-                {
-                    "update": self.num_updates,
-                    "valid_accuracy": accuracy,
-                    "valid_by_depth": depths,
-                    "valid_steps": steps,
-                }
-            )
-            tqdm.write(f"update {self.num_updates}: validation accuracy {accuracy:.3f}  {depths}  steps {steps:.1f}")
+            line: dict[str, Any] = {
+                "update": self.num_updates,
+                "valid_accuracy": accuracy,
+                "valid_by_depth": depths,
+                "valid_steps": steps,
+            }
+            shown = f"update {self.num_updates}: validation accuracy {accuracy:.3f}  {depths}  steps {steps:.1f}"
+            if self.model.text_decoder is not None:
+                with self.weights.averaged():
+                    chosen = range(0, len(self.valid), math.ceil(len(self.valid) / MAX_WRITTEN))
+                    line["valid_written"] = float(run_text(self.model, self.valid, chosen).float().mean())
+                shown += f"  written {line['valid_written']:.3f}"
+                accuracy += line["valid_written"]
+            self._write_log(line)
+            tqdm.write(shown)
             self.num_bad = 0 if accuracy > self.best_accuracy else self.num_bad + 1
             if accuracy > self.best_accuracy:
                 self.best_accuracy = accuracy
@@ -589,8 +628,9 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     free |= {"learning_rate", "folder", "token_budget"}
     return [
         f"{section}.{key}"
-        for section in ("backbone", "adapter", "reasoner", "data", "features", "training")
+        for section in ("backbone", "adapter", "reasoner", "text", "data", "features", "training")
         for key in now[section]
+        if section in before  # a section that a newer version adds is no difference
         if key not in free and _without_nulls(before[section].get(key)) != _without_nulls(now[section][key])
     ]
 
@@ -641,6 +681,9 @@ def prepare(
 ) -> tuple[HybridModel, EmbeddedExamples, EmbeddedExamples]:
     """Data, backbone, feature cache and a new head; cheap checks come first."""
     examples = {role: load_examples(config.data, role) for role in ("train", "valid")}
+    if config.text.enabled:
+        for example in (*examples["train"], *examples["valid"]):
+            answer_text(config.text, example)
     backbone = backbone or load_backbone(config.backbone, accelerator.device)
     torch.manual_seed(config.training.seed)
     model = HybridModel.from_backbone(
@@ -648,15 +691,41 @@ def prepare(
         backbone_config=config.backbone,
         adapter=config.adapter,
         reasoner=config.reasoner,
+        text=config.text,
         known_options=known_options(examples["train"]),
         choices=common_choices(examples["train"]),
         license=config.data.license,
     )
+    if config.training.start_from is not None:
+        load_weights(model, Path(config.training.start_from))
     with accelerator.main_process_first():  # the others find the cache filled
         progress = accelerator.is_main_process
         embedded = embed_examples(config.features, model.backbone, examples, progress)
-    model.adapter.fit_statistics(_sample_states(model, embedded["train"], config.training.seed))
+    if config.training.start_from is None:
+        model.adapter.fit_statistics(_sample_states(model, embedded["train"], config.training.seed))
     return model, embedded["train"], embedded["valid"]
+
+
+def load_weights(model: HybridModel, folder: Path) -> None:
+    """Start a head from the weights of another; parts that the other lacks stay as they are.
+
+    Raises:
+        ValueError: The folder is no head, or its parts have other shapes or options.
+    """
+    check_head_folder(folder)
+    options = json.loads((folder / "config.json").read_text())["known_options"]
+    if options != model.config.known_options:
+        raise ValueError(f"training.start_from={str(folder)!r} knows the options {options}, not those of the data")
+    weights, own = load_file(folder / "model.safetensors"), model.state_dict()
+    missing = {name.split(".")[0] for name in set(own) - set(weights)}
+    if missing & {name.split(".")[0] for name in weights} or set(weights) - set(own):
+        raise ValueError(f"training.start_from={str(folder)!r} has other parts: {sorted(set(own) ^ set(weights))[:3]}")
+    if other := [name for name in weights if weights[name].shape != own[name].shape]:
+        raise ValueError(
+            f"training.start_from={str(folder)!r}: {other[0]} is {tuple(weights[other[0]].shape)} there and "
+            f"{tuple(own[other[0]].shape)} here; use the same adapter and reasoner sections"
+        )
+    model.load_state_dict(own | weights)
 
 
 def _sample_states(model: HybridModel, train: EmbeddedExamples, seed: int) -> Tensor:

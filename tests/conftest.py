@@ -90,6 +90,14 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(tiny_llama_config(**changes))
 
 
+def chatty_llama() -> LlamaForCausalLM:
+    """A random model whose greedy text is no single token repeated."""
+    model = tiny_llama()
+    for parameter in model.parameters():
+        parameter.data.mul_(3 if parameter.ndim > 1 else 1)
+    return model
+
+
 @pytest.fixture(scope="session")
 def backbone() -> Backbone:
     """A causal backbone with a word tokenizer."""

@@ -116,7 +116,7 @@ def test_vote_keeps_a_most_frequent_answer(model, monkeypatch):
     def fake(*args, **kwargs):
         scores = torch.full((1, 1, 4), -1.0)
         scores[0, 0, next(runs)] = 1.0
-        return inference.Refined(scores, torch.tensor([5.0]), torch.tensor([1]))
+        return inference.Refined(scores, torch.tensor([5.0]), torch.tensor([1]), torch.zeros(1, 1, 4))
 
     monkeypatch.setattr(inference, "refine", fake)
     assert refine_rollouts(model, *inputs, rollouts=3, pick="vote").scores.argmax(-1).item() == 2

@@ -17,10 +17,13 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import chain_examples, tiny_reasoner, tiny_run
+from conftest import chain_examples, chatty_llama, tiny_reasoner, tiny_run, word_tokenizer
 
-from hybrid.batches import EmbeddedExamples
-from hybrid.config import RecursionStage, RunConfig, to_plain
+from hybrid.backbone import Backbone
+from hybrid.batches import EmbeddedExamples, known_options
+from hybrid.config import RecursionStage, RunConfig, TextConfig, to_plain
+from hybrid.data import Example
+from hybrid.decoder import Field
 from hybrid.model import HybridModel
 from hybrid.training import CHECKPOINT, Curriculum, RowStream, Trainer, learning_rate, prepare, train
 
@@ -353,3 +356,50 @@ def test_cached_features_equal_live_features(model, embedded):
     assert torch.equal(live_mask, cached_mask)
     torch.testing.assert_close(cached, live, rtol=1e-2, atol=1e-2)  # the store keeps bfloat16
     torch.testing.assert_close(cached[..., 1:, :], live.bfloat16().float()[..., 1:, :], rtol=1e-2, atol=1e-3)
+
+
+def test_text_decoder_learns_on_a_head_that_stays_as_it_was(folder):
+    backbone = Backbone(chatty_llama(), word_tokenizer(), name="tiny-llama", layers=[0, 1, 2], template="echo")
+    first = train(tiny_run(folder, num_updates=4), backbone=backbone)
+    config = tiny_run(folder, num_updates=90, batch_size=16, learning_rate=1e-2, output_folder=str(folder / "text"))
+    config.text = TextConfig(enabled=True, suffix=" is")
+    config.training.start_from, config.training.parts = str(first), ["text_decoder"]
+    before = backbone.full_hash()
+    best = train(config, backbone=backbone)
+    assert backbone.full_hash() == before
+    lines = [line for line in curve(folder / "text") if "text_loss" in line]
+    losses = [line["text_loss"] for line in lines]
+    assert sum(losses[-9:]) < 0.9 * sum(losses[:9])  # three rounds of three steps: text is written at the last
+    start, now = weights(first), weights(best)
+    assert {name.split(".")[0] for name in set(now) - set(start)} == {"text_decoder"}
+    assert all(torch.equal(start[name], now[name]) for name in start)
+
+
+def test_text_and_fields_are_learned_together(folder, backbone):
+    config = tiny_run(folder, num_updates=6)
+    config.text = TextConfig(enabled=True)
+    train(config, backbone=backbone)
+    lines = curve(folder / "run")
+    assert {"answer_loss", "text_loss", "written_right"} <= set(lines[0])
+    assert any("valid_written" in line for line in lines)
+
+
+def test_names_of_several_fields_are_known_as_options_are():
+    def example(*fields: Field) -> Example:
+        return Example(None, "?", fields, tuple("1" for _ in fields), None, "x")
+
+    assert known_options([example(Field("r1c2", "12"), Field("r2c1", "12"))]) == ["1", "2", "r1c2", "r2c1"]
+    assert known_options([example(Field("answer", "12"))]) == ["1", "2"]
+    many = [example(Field(f"a{n}", "12"), Field(f"b{n}", "12")) for n in range(600)]
+    assert known_options(many) == ["1", "2"]
+
+
+def test_start_from_another_head_is_checked(folder, backbone):
+    first = train(tiny_run(folder, num_updates=2), backbone=backbone)
+    config = tiny_run(folder, num_updates=2, output_folder=str(folder / "other"), start_from=str(first))
+    config.reasoner = tiny_reasoner(intermediate_size=32)
+    with pytest.raises(ValueError, match="use the same adapter and reasoner sections"):
+        train(config, backbone=backbone)
+    config.training.start_from = str(folder)
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        train(config, backbone=backbone)
