@@ -13,6 +13,7 @@ from hybrid.backbone import length_batches
 from hybrid.decoder import Field, FieldBatch
 from hybrid.model import HybridModel
 from hybrid.reasoner import has_halted, state_movement
+from hybrid.schema import Form, read_schema
 
 ROLLOUT_NOISE = 1.0  # standard deviation on z, whose own components have unit variance
 PICKS = ("q", "vote")
@@ -51,7 +52,8 @@ class Answer:
     """The answer to one question.
 
     Attributes:
-        value: The chosen option, or a mapping field name → option when several fields were asked.
+        value: The chosen option, or a mapping field name → option when several fields were asked, or what a schema
+            makes of the options: plain Python values, or an instance of the Pydantic model.
         probability: Probability of `value` over the offered options; of all fields together, when there are several.
         steps: Refinement steps used.
         trace: Per step, field name → option → probability.
@@ -59,7 +61,7 @@ class Answer:
         text: What the language model writes about it, if it was asked to explain.
     """
 
-    value: str | dict[str, str]
+    value: Any
     probability: float
     steps: int
     trace: list[dict[str, dict[str, float]]]
@@ -231,6 +233,7 @@ def answer(
     context: str | None = None,
     choices: Sequence[str] | None = None,
     fields: Sequence[Field] | None = None,
+    schema: Any = None,
     **kwargs: Any,
 ) -> Answer:
     """Answer one question.
@@ -241,14 +244,16 @@ def answer(
         context: The text that comes before the question.
         choices: Options of a question with one answer; by default those of the head.
         fields: What is asked, when there are several answers; not together with `choices`.
+        schema: What is asked, as a Pydantic model or a JSON schema; see `hybrid.schema.read_schema`.
         **kwargs: `explain`, `max_steps`, `halting`, `rollouts`, `pick`, `seed`, as in `answer_batch`.
 
     Raises:
-        ValueError: No options, or an empty or too long text.
+        ValueError: No options, or an empty or too long text, or an answer that the model of `schema` refuses.
     """
     if not isinstance(question, str):
         raise ValueError(f"question={question!r}: expected a text; answer_batch takes many")
-    return answer_batch(model, [question], contexts=[context], choices=choices, fields=fields, **kwargs)[0]
+    asked: dict[str, Any] = {"choices": choices, "fields": fields, "schema": schema}
+    return answer_batch(model, [question], contexts=[context], **asked, **kwargs)[0]
 
 
 def answer_batch(
@@ -258,6 +263,7 @@ def answer_batch(
     contexts: Sequence[str | None] | None = None,
     choices: Sequence[str] | None = None,
     fields: Sequence[Field] | None = None,
+    schema: Any = None,
     explain: bool = False,
     max_steps: int | None = None,
     halting: str | None = None,
@@ -273,6 +279,7 @@ def answer_batch(
         contexts: A context for each.
         choices: Options of a question with one answer; by default those of the head.
         fields: What is asked, when there are several answers.
+        schema: What is asked, as a Pydantic model or a JSON schema; not together with `choices` or `fields`.
         explain: Also let the language model write from the refined latents (`Answer.text`); needs a text decoder.
         max_steps: Refinement steps at most.
         halting: `learned`, `convergence` or `never`.
@@ -282,7 +289,10 @@ def answer_batch(
     """
     from hybrid.generation import check_text_decoder, read_texts, text_prompts, write_texts  # built on this module
 
-    asked = fields_asked(model, choices, fields)
+    form = read_schema(schema) if schema is not None else None
+    if form is not None and (choices is not None or fields is not None):
+        raise ValueError("a schema brings its own fields and options: leave out choices and fields")
+    asked = form.fields if form is not None else fields_asked(model, choices, fields)
     if explain:
         check_text_decoder(model)
     contexts = contexts if contexts is not None else [None] * len(questions)
@@ -313,7 +323,7 @@ def answer_batch(
             if read
             else [None] * len(rows)
         )
-        answers.update((row, _read_answer(refined, i, asked, written[i])) for i, row in enumerate(rows))
+        answers.update((row, _read_answer(refined, i, asked, form, written[i])) for i, row in enumerate(rows))
     return [answers[row] for row in range(len(questions))]
 
 
@@ -339,7 +349,7 @@ def fields_asked(
     return (Field("answer", choices),)
 
 
-def _read_answer(refined: Refined, row: int, fields: Sequence[Field], text: str | None) -> Answer:
+def _read_answer(refined: Refined, row: int, fields: Sequence[Field], form: Form | None, text: str | None) -> Answer:
     assert refined.scores_by_step is not None
     steps = int(refined.steps[row])
     probabilities = refined.scores_by_step[:steps, row].softmax(-1)  # (steps, fields, options)
@@ -352,8 +362,9 @@ def _read_answer(refined: Refined, row: int, fields: Sequence[Field], text: str 
     ]
     best, chosen = probabilities[-1].max(-1)
     values = {field.name: field.options[int(chosen[index])] for index, field in enumerate(fields)}
+    single = next(iter(values.values())) if len(fields) == 1 else values
     return Answer(
-        value=next(iter(values.values())) if len(fields) == 1 else values,
+        value=single if form is None else form.value(values),
         probability=float(best.prod()),
         steps=steps,
         trace=trace,

@@ -13,9 +13,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hybrid"
 # Each module may import only from those before it.
 ORDER = [
-    "config", "layers", "parallel", "backbone", "soft_prompt", "features", "adapter", "reasoner", "decoder", "losses",
-    "hub", "model", "data", "batches", "inference", "generation", "release", "evaluation", "baselines", "lora",
-    "training", "quickstart", "bench", "cli",
+    "config", "layers", "parallel", "backbone", "soft_prompt", "features", "adapter", "reasoner", "decoder", "schema",
+    "losses", "hub", "model", "data", "batches", "inference", "generation", "release", "evaluation", "baselines",
+    "lora", "training", "quickstart", "bench", "cli",
 ]  # fmt: skip
 
 
