@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "hybrid"
 # Each module may import only from those before it.
 ORDER = [
     "config", "layers", "parallel", "backbone", "soft_prompt", "features", "adapter", "reasoner", "decoder", "schema",
-    "losses", "hub", "model", "data", "batches", "inference", "generation", "release", "evaluation", "baselines",
-    "lora", "training", "quickstart", "bench", "cli",
+    "losses", "hub", "model", "data", "batches", "inference", "trace", "generation", "release", "evaluation",
+    "baselines", "lora", "training", "quickstart", "bench", "cli",
 ]  # fmt: skip
 
 
