@@ -301,34 +301,116 @@ def command_ask(arguments: Sequence[str]) -> None:
     parser.add_argument("question", type=str, help="the question, or the whole text with the question at its end")
     parser.add_argument("--context", type=str | None, default=None, help="the text before the question")
     parser.add_argument("--choices", type=str | None, default=None, help="options, separated by commas")
+    parser.add_argument(
+        "--fields",
+        type=str | None,
+        default=None,
+        help='several fields as JSON, name to options: {"Ann": ["knight", "knave"], "Bob": ["knight", "knave"]}; or '
+        "a list of names, whose options are --choices or those of the head",
+    )
+    parser.add_argument(
+        "--grid",
+        type=str | None,
+        default=None,
+        help="a grid of fields, such as 4x4: r1c1 to r4c4, each one of --choices or of the digits up to the rows",
+    )
+    parser.add_argument("--schema", type=str | None, default=None, help="file with a JSON schema of the answer")
     parser.add_argument("--steps", type=int | None, default=None, help="refinement steps at most")
     parser.add_argument("--halting", type=str | None, default=None, help="learned, convergence or never")
     parser.add_argument("--rollouts", type=int, default=1, help="noisy copies")
+    parser.add_argument("--trace", type=bool, nargs="?", const=True, default=False, help="draw the refinement")
+    parser.add_argument("--trace_png", type=str | None, default=None, help="draw the refinement into this PNG file")
     parser.add_argument("--verbose", type=bool, nargs="?", const=True, default=False, help="say where the time goes")
     parsed = _parse(parser, arguments)
+    import json
+    import shutil
     import time
+    from pathlib import Path
 
+    picture = Path(parsed.trace_png) if parsed.trace_png else None
+    if picture is not None and picture.suffix != ".png":
+        raise ValueError(f"--trace_png {picture}: expected a file that ends in .png")
+    asked = _asked(parsed)
     start = time.perf_counter()
+    from hybrid.decoder import Field
     from hybrid.model import HybridModel
+    from hybrid.trace import plot_trace, trace_text
 
     imported = time.perf_counter()
     model = HybridModel.from_pretrained(parsed.head)
     loaded = time.perf_counter()
+    if "fields" in asked:
+        default = model.config.choices or ()
+        named = asked["fields"].items()
+        asked["fields"] = [Field(name, default if options is None else options) for name, options in named]
     answer = model.answer(
         parsed.question,
         context=parsed.context,
-        choices=[choice.strip() for choice in parsed.choices.split(",")] if parsed.choices else None,
         max_steps=parsed.steps,
         halting=parsed.halting,
         rollouts=parsed.rollouts,
+        **asked,
     )
-    for step, fields in enumerate(answer.trace, start=1):
+    if parsed.trace:
+        print(trace_text(answer, shutil.get_terminal_size((100, 24)).columns))
+    for step, fields in enumerate([] if parsed.trace else answer.trace, start=1):
         best = {name: max(options.items(), key=lambda option: option[1]) for name, options in fields.items()}
         print(f"step {step:>2}  " + "  ".join(f"{name}: {text} {p:.3f}" for name, (text, p) in best.items()))
-    print(f"{answer.value}   (probability {answer.probability:.3f}, {answer.steps} steps)")
+    value = answer.value if isinstance(answer.value, str) else json.dumps(answer.value, ensure_ascii=False)
+    print(f"{value}   (probability {answer.probability:.3f}, {answer.steps} steps)")
+    if picture is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        plot_trace(answer, picture)
+        print(f"written: {picture}")
     if parsed.verbose:
         end = time.perf_counter()
         print(f"import {imported - start:.2f} s, load {loaded - imported:.2f} s, answer {end - loaded:.2f} s")
+
+
+def _asked(parsed: Any) -> dict[str, Any]:
+    """What the flags of `hybrid ask` ask: `choices`, `fields` (name → options, `None` for the head's) or `schema`."""
+    from pathlib import Path
+
+    given = [flag for flag in ("fields", "grid", "schema") if getattr(parsed, flag) is not None]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} both say what is asked: give one of them")
+    choices = [choice.strip() for choice in parsed.choices.split(",")] if parsed.choices else None
+    if parsed.grid is not None:
+        return {"fields": _grid_fields(parsed.grid, choices)}
+    if parsed.schema is not None:
+        if not Path(parsed.schema).is_file():
+            raise ValueError(f"--schema {parsed.schema}: there is no such file")
+        return {"schema": _read_json("--schema", Path(parsed.schema).read_text(), dict), "choices": choices}
+    if parsed.fields is None:
+        return {"choices": choices}
+    fields = _read_json("--fields", parsed.fields, dict | list)
+    if isinstance(fields, list) and all(isinstance(name, str) for name in fields):
+        return {"fields": dict.fromkeys(fields, choices)}
+    if isinstance(fields, list) or not all(isinstance(options, list | str) for options in fields.values()):
+        raise ValueError(f'--fields {parsed.fields}: expected {{"name": ["option", ...], ...}} or ["name", ...]')
+    return {"fields": fields, "choices": choices}
+
+
+def _grid_fields(size: str, choices: list[str] | None) -> dict[str, list[str]]:
+    import re
+
+    if (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)) is None:
+        raise ValueError(f"--grid {size!r}: expected rows and columns, such as 4x4")
+    rows, columns = (range(1, int(number) + 1) for number in match.groups())
+    options = choices or [str(digit) for digit in rows]
+    return {f"r{row}c{column}": options for row in rows for column in columns}
+
+
+def _read_json(flag: str, text: str, kind: Any) -> Any:
+    import json
+
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{flag}: no JSON, {error}: {text}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{flag}: expected an object in braces, found {text}")
+    return value
 
 
 def command_release(arguments: Sequence[str]) -> None:

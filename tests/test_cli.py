@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import tiny_run
+from conftest import tiny_model, tiny_run
 from test_training import write_data
 
 from hybrid.backbone import Backbone
@@ -26,6 +26,15 @@ def config_file(tmp_path, backbone_folder) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(data))
     return path
+
+
+@pytest.fixture
+def head(backbone, backbone_folder, tmp_path) -> str:
+    """An untrained head on the tiny backbone."""
+    model = tiny_model(backbone)
+    model.config.backbone.name_or_path = str(backbone_folder)
+    model.save_pretrained(tmp_path / "head")
+    return str(tmp_path / "head")
 
 
 def error_of(capsys, *arguments: str) -> str:
@@ -65,6 +74,56 @@ def test_train_eval_ask(config_file, tmp_path, capsys):
     assert "step  1  answer: " in output and "(probability 0." in output and "load " in output
     main(["ask", str(head), "Where is A relative to B ?", "--context", "A is left of B .", "--choices", "left, knave"])
     assert capsys.readouterr().out.splitlines()[-1].split()[0] in ("left", "knave")
+
+
+def test_ask_for_several_fields(head, tmp_path, capsys):
+    def value(*flags: str):
+        main(["ask", head, "A says B is a knave .", *flags])
+        return json.loads(capsys.readouterr().out.splitlines()[-1].rpartition("   (probability")[0])
+
+    answer = value("--fields", '{"A": ["knight", "knave"], "B": "yn"}')
+    assert answer["A"] in ("knight", "knave") and answer["B"] in "yn"
+    assert set(value("--fields", '["A", "B"]').values()) <= {"left", "right", "above", "below"}  # those of the head
+    assert set(value("--fields", '["A", "B"]', "--choices", "knight, knave").values()) <= {"knight", "knave"}
+    grid = value("--grid", "2x3")
+    assert list(grid) == ["r1c1", "r1c2", "r1c3", "r2c1", "r2c2", "r2c3"] and set(grid.values()) <= {"1", "2"}
+    assert set(value("--grid", "2x2", "--choices", "left,right").values()) <= {"left", "right"}
+    (tmp_path / "schema.json").write_text(
+        '{"properties": {"left": {"type": "boolean"}, "says": {"enum": ["A", "B"]}}}'
+    )
+    answer = value("--schema", str(tmp_path / "schema.json"))
+    assert answer["left"] in (True, False) and answer["says"] in ("A", "B")
+
+
+def test_ask_draws_the_trace(head, tmp_path, capsys):
+    main(["ask", head, "Where is A ?", "--steps", "2", "--halting", "never", "--trace"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["answer", "step", "1", "step", "2"]
+    assert [line.split()[0] for line in lines[1:5]] == ["left", "right", "above", "below"] and len(lines) == 6
+    main(["ask", head, "Where is A ?", "--grid", "2x2", "--trace_png", str(tmp_path / "new" / "trace.png")])
+    output = capsys.readouterr().out
+    assert "step  1  r1c1: " in output and f"written: {tmp_path / 'new' / 'trace.png'}" in output
+    assert (tmp_path / "new" / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--grid", "4"], "--grid '4': expected rows and columns, such as 4x4"),
+        (["--grid", "2x2", "--fields", "[]"], "--fields and --grid both say what is asked"),
+        (["--fields", "{A: knight}"], "--fields: no JSON"),
+        (["--fields", '"A"'], "--fields: expected an object"),
+        (["--fields", '{"A": 3}'], 'expected {"name": ["option", ...], ...}'),
+        (["--fields", "[3]"], 'or ["name", ...]'),
+        (["--fields", "[]"], "names must be there"),
+        (["--fields", '{"A": []}'], "field 'A' has options []"),
+        (["--fields", '{"A": "yn"}', "--choices", "a,b"], "both choices and fields"),
+        (["--schema", "nowhere.json"], "--schema nowhere.json: there is no such file"),
+        (["--trace_png", "trace.txt"], "expected a file that ends in .png"),
+    ],
+)
+def test_bad_flags_of_ask(head, capsys, flags, message):
+    assert message in error_of(capsys, "ask", head, "Where is A ?", *flags)
 
 
 def test_release(config_file, tmp_path, capsys):
