@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from hybrid.backbone import Backbone, length_batches
+from hybrid.backbone import CONTEXT_SEPARATOR, Backbone, length_batches
 from hybrid.batches import EmbeddedExamples, label_numbers
 from hybrid.config import RunConfig
 from hybrid.data import Example
@@ -63,8 +63,11 @@ def check_zero_shot(backbone: Backbone) -> None:
 
 
 def answer_prompt(example: Example, field: Field) -> str:
-    """What the language model is asked: context and question, then `Answer:` or the field's name on a new line."""
-    context = f"{example.context}\n" if example.context else ""
+    """What the language model is asked: context and question, then `Answer:` or the field's name on a new line.
+
+    With the field `answer`, this is also the prompt of a head that writes text.
+    """
+    context = f"{example.context}{CONTEXT_SEPARATOR}" if example.context else ""
     return f"{context}{example.question}\n{'Answer' if field.name == 'answer' else field.name}:"
 
 
