@@ -36,6 +36,7 @@ def config(tmp_path, backbone_folder) -> RunConfig:
 
 def test_lora_learns_what_the_frozen_model_cannot(config):
     valid = load_examples(config.data, "valid")
+    config.training.num_updates, config.training.learning_rate = 120, 1e-2
     frozen = zero_shot(load_backbone(config.backbone), valid, progress=False)
     result = evaluate_lora(train_lora(config), config, valid)
     accuracy = result["accuracy_by_depth"][-1]["accuracy"]
@@ -73,7 +74,7 @@ def test_lora_goes_on_from_its_checkpoint(config, tmp_path, monkeypatch):
 
 
 def test_lora_from_the_command_line(config, tmp_path, capsys):
-    config.training.num_updates = 4
+    config.training.num_updates, config.training.learning_rate = 120, 1e-2
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_plain(config)))
     main(["train", str(tmp_path / "config.yaml"), "--baseline", "lora"])
     adapter = tmp_path / "run_lora" / "best"
