@@ -18,6 +18,7 @@ USAGE = """usage: hybrid COMMAND [options]      (hybrid COMMAND --help tells a c
   train CONFIG.yaml [--key value]     train a head; --resume goes on after a stop
   eval HEAD [--data FILE]             accuracy by depth and by refinement steps, result file and plot
   ask HEAD "question" [--choices a,b] answer one question
+  generate HEAD "prompt"              let the language model write, steered by the refined latents
   release HEAD FOLDER --questions F   a head to publish: half the size, with how it answers some questions
   embed CONFIG.yaml                   fill the feature cache ahead of training
   probe CONFIG.yaml                   linear-probe accuracy of every backbone layer: which layers to use
@@ -318,6 +319,9 @@ def command_ask(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int | None, default=None, help="refinement steps at most")
     parser.add_argument("--halting", type=str | None, default=None, help="learned, convergence or never")
     parser.add_argument("--rollouts", type=int, default=1, help="noisy copies")
+    parser.add_argument(
+        "--explain", type=bool, nargs="?", const=True, default=False, help="let the language model write about it, too"
+    )
     parser.add_argument("--trace", type=bool, nargs="?", const=True, default=False, help="draw the refinement")
     parser.add_argument("--trace_png", type=str | None, default=None, help="draw the refinement into this PNG file")
     parser.add_argument("--verbose", type=bool, nargs="?", const=True, default=False, help="say where the time goes")
@@ -349,6 +353,7 @@ def command_ask(arguments: Sequence[str]) -> None:
         max_steps=parsed.steps,
         halting=parsed.halting,
         rollouts=parsed.rollouts,
+        explain=parsed.explain,
         **asked,
     )
     if parsed.trace:
@@ -358,6 +363,8 @@ def command_ask(arguments: Sequence[str]) -> None:
         print(f"step {step:>2}  " + "  ".join(f"{name}: {text} {p:.3f}" for name, (text, p) in best.items()))
     value = answer.value if isinstance(answer.value, str) else json.dumps(answer.value, ensure_ascii=False)
     print(f"{value}   (probability {answer.probability:.3f}, {answer.steps} steps)")
+    if answer.text is not None:
+        print(answer.text)
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         plot_trace(answer, picture)
@@ -367,6 +374,52 @@ def command_ask(arguments: Sequence[str]) -> None:
         print(f"import {imported - start:.2f} s, load {loaded - imported:.2f} s, answer {end - loaded:.2f} s")
 
 
+def command_generate(arguments: Sequence[str]) -> None:
+    """Write text."""
+    parser = _parser('hybrid generate HEAD "prompt": text from the language model, steered by the refined latents')
+    parser.add_argument("head", type=str, help="folder or Hub id of a head with a text decoder")
+    parser.add_argument("prompt", type=str, help="the question, or the whole text with the question at its end")
+    parser.add_argument("--context", type=str | None, default=None, help="the text before the question")
+    parser.add_argument("--choices", type=str | None, default=None, help="options, separated by commas")
+    parser.add_argument("--steps", type=int | None, default=None, help="refinement steps at most")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens to write at most")
+    parser.add_argument("--temperature", type=float | None, default=None, help="sample; greedy if not given")
+    parser.add_argument("--num_beams", type=int, default=1, help="beam search")
+    parser.add_argument("--chat", type=bool | None, nargs="?", const=True, default=None, help="as a chat")
+    parsed = _parse(parser, arguments)
+    if parsed.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens {parsed.max_new_tokens}: expected a number > 0")
+    if parsed.temperature is not None and parsed.temperature <= 0:
+        raise ValueError(f"--temperature {parsed.temperature}: expected a number > 0; leave it out for greedy text")
+    from transformers import TextStreamer
+
+    from hybrid.generation import generate_text
+    from hybrid.model import HybridModel
+
+    model = HybridModel.from_pretrained(parsed.head)
+    how: dict[str, Any] = {"do_sample": parsed.temperature is not None, "num_beams": parsed.num_beams}
+    if parsed.temperature is not None:
+        how["temperature"] = parsed.temperature
+    if parsed.num_beams == 1:  # beams are known at their end only
+        how["streamer"] = TextStreamer(model.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    text = generate_text(
+        model,
+        parsed.prompt,
+        context=parsed.context,
+        choices=_listed(parsed.choices),
+        chat=parsed.chat,
+        max_steps=parsed.steps,
+        max_new_tokens=parsed.max_new_tokens,
+        **how,
+    )
+    if parsed.num_beams > 1:
+        print(text)
+
+
+def _listed(choices: str | None) -> list[str] | None:
+    return [choice.strip() for choice in choices.split(",")] if choices else None
+
+
 def _asked(parsed: Any) -> dict[str, Any]:
     """What the flags of `hybrid ask` ask: `choices`, `fields` (name → options, `None` for the head's) or `schema`."""
     from pathlib import Path
@@ -374,7 +427,7 @@ def _asked(parsed: Any) -> dict[str, Any]:
     given = [flag for flag in ("fields", "grid", "schema") if getattr(parsed, flag) is not None]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} both say what is asked: give one of them")
-    choices = [choice.strip() for choice in parsed.choices.split(",")] if parsed.choices else None
+    choices = _listed(parsed.choices)
     if parsed.grid is not None:
         return {"fields": _grid_fields(parsed.grid, choices)}
     if parsed.schema is not None:
@@ -524,6 +577,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": command_train,
     "eval": command_eval,
     "ask": command_ask,
+    "generate": command_generate,
     "embed": command_embed,
     "probe": command_probe,
     "release": command_release,

@@ -168,12 +168,16 @@ def check_text_decoder(model: HybridModel) -> None:
 
 
 def text_prompts(
-    model: HybridModel, texts: Sequence[tuple[str | None, str]], chat: bool | None = None
+    model: HybridModel,
+    texts: Sequence[tuple[str | None, str]],
+    chat: bool | None = None,
+    suffix: str | None = None,
 ) -> list[TextPrompt]:
-    """Prompts of (context, question) pairs, as the head was trained; `chat` overrides whether as a chat."""
+    """Prompts of (context, question) pairs as the head was trained, but for what is given."""
     settings = model.config.text
     chat = settings.chat if chat is None else chat
-    return model.backbone.text_prompts(texts, "" if chat else settings.suffix, chat)
+    suffix = settings.suffix if suffix is None and not chat else suffix or ""
+    return model.backbone.text_prompts(texts, suffix, chat)
 
 
 def read_texts(model: HybridModel, prompts: Sequence[TextPrompt]) -> tuple[PromptPass, Tensor, Tensor]:
@@ -247,6 +251,7 @@ def text_log_likelihoods(
     *,
     choices: Sequence[str] | None = None,
     fields: Sequence[Field] | None = None,
+    suffix: str | None = None,
     max_steps: int | None = None,
     halting: str | None = None,
 ) -> list[tuple[float, bool]]:
@@ -258,12 +263,13 @@ def text_log_likelihoods(
         continuations: What follows each prompt, from its first space on.
         choices: Options of a question with one answer; by default those of the head.
         fields: What is asked, when there are several answers.
+        suffix: What follows the question in the prompt; by default as the head was trained.
         max_steps: Refinement steps at most.
         halting: `learned`, `convergence` or `never`.
     """
     check_text_decoder(model)
     asked = fields_asked(model, choices, fields)
-    all_prompts, tokenizer = text_prompts(model, texts), model.backbone.tokenizer
+    all_prompts, tokenizer = text_prompts(model, texts, suffix=suffix), model.backbone.tokenizer
     encoded = tokenizer(list(continuations), add_special_tokens=False)["input_ids"]
     if not all(encoded):
         raise ValueError(f"continuation {encoded.index([])} is empty: its likelihood is not defined")

@@ -1,0 +1,167 @@
+"""Answers in words: the frozen language model, LoRA and the steered model, and what steering does to other texts.
+
+    python results/written.py HEAD --data FILE --lora FOLDER --output results/NAME/written.json
+
+Greedy text up to the first line break must be the answer, word for word. All have the same prompts. The other
+texts are Python's own reference manual (`pydoc_data.topics`), read up to the middle of a passage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import peft
+import torch
+
+from hybrid.backbone import Backbone, length_batches
+from hybrid.cli import run_config
+from hybrid.data import Example, load_examples
+from hybrid.evaluation import by_depth, provenance, write_results
+from hybrid.generation import answer_text, answer_token_ids, generate_texts, text_log_likelihoods, text_prompts
+from hybrid.model import HybridModel
+
+TOKEN_BUDGET = 8192
+PASSAGE = 400  # characters of a passage: half is read, half is predicted
+NUM_PASSAGES = 300
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the result file after each part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("head", type=Path)
+    parser.add_argument("--data")
+    parser.add_argument("--split", default="valid", choices=["valid", "test"])
+    parser.add_argument("--lora", type=Path)
+    parser.add_argument("--max_examples", type=int)
+    parser.add_argument("--output", type=Path, required=True)
+    parsed = parser.parse_args(arguments)
+    config, _ = run_config([str(parsed.head / "run.yaml")], "eval")
+    config.data.path = parsed.data or config.data.path
+    config.data.max_eval_examples = parsed.max_examples
+    examples, model = load_examples(config.data, parsed.split), HybridModel.from_pretrained(parsed.head)
+    parsed.output.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        "split": parsed.split,
+        "exact_match": [],
+        **provenance(shlex.join(["python", "results/written.py", *arguments]), config.training.seed),
+    }
+    results["unrelated"] = unrelated(model)
+    write_results(parsed.output, results)
+    for name, texts in written(model, examples, parsed.lora):
+        right = torch.tensor(
+            [is_answer(text, answer_text(model.config.text, e)) for text, e in zip(texts, examples, strict=True)]
+        )
+        shown = [
+            {"answer": answer_text(model.config.text, e), "text": t} for t, e in zip(texts[:8], examples, strict=False)
+        ]
+        results["exact_match"].append(
+            {"name": name, "accuracy_by_depth": by_depth(right, examples), "examples": shown}
+        )
+        write_results(parsed.output, results)
+    print(table(results))
+
+
+def written(model: HybridModel, examples: Sequence[Example], lora: Path | None) -> Any:
+    """What each writes after the same prompts: its name and the texts."""
+    length = max(map(len, answer_token_ids(model, examples)))
+    texts = [(example.context, example.question) for example in examples]
+    prompts = [prompt.token_ids for prompt in text_prompts(model, texts)]
+    yield "frozen LLM", continuations(model.backbone, prompts, length)
+    steered: list[str] = [""] * len(examples)
+    for fields in {example.fields for example in examples}:
+        rows = [row for row, example in enumerate(examples) if example.fields == fields]
+        questions, contexts = [examples[row].question for row in rows], [examples[row].context for row in rows]
+        found = generate_texts(
+            model, questions, contexts=contexts, fields=fields, max_new_tokens=length, do_sample=False
+        )
+        for row, text in zip(rows, found, strict=True):
+            steered[row] = text
+    yield "steered LLM", steered
+    if lora is not None:
+        tuned: Any = peft.PeftModel.from_pretrained(model.backbone.model, lora).merge_and_unload()
+        yield "LoRA", continuations(Backbone(tuned, model.backbone.tokenizer, name="LoRA"), prompts, length)
+
+
+@torch.inference_mode()
+def continuations(backbone: Backbone, prompts: Sequence[list[int]], length: int) -> list[str]:
+    """Greedy text after each prompt."""
+    texts: dict[int, str] = {}
+    for rows in length_batches([len(prompt) for prompt in prompts], TOKEN_BUDGET):
+        flipped = [torch.tensor(prompts[row][::-1]) for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(flipped, batch_first=True).flip(1)
+        lengths = torch.tensor([len(row) for row in flipped])
+        mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+        model: Any = backbone.model
+        output = model.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=length, do_sample=False)
+        found = backbone.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        texts |= dict(zip(rows, found, strict=True))
+    return [texts[row] for row in range(len(prompts))]
+
+
+def is_answer(text: str, answer: str) -> bool:
+    """Whether a text is the answer, up to the line break that an answer of one line ends with."""
+    lines = text.strip().split("\n")[: answer.count("\n") + 1]
+    return "\n".join(line.strip() for line in lines).rstrip(".") == answer.rstrip(".")
+
+
+def unrelated(model: HybridModel) -> dict[str, Any]:
+    """Perplexity of passages that have nothing to do with logic, with and without soft tokens."""
+    text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
+    starts = range(0, len(text) - PASSAGE, (len(text) - PASSAGE) // NUM_PASSAGES)
+    passages = [text[start : start + PASSAGE] for start in starts][:NUM_PASSAGES]
+    cuts = [passage.index(" ", PASSAGE // 2) for passage in passages]
+    prompts = [(None, passage[:cut]) for passage, cut in zip(passages, cuts, strict=True)]
+    rest = [passage[cut:] for passage, cut in zip(passages, cuts, strict=True)]
+    num_tokens = sum(map(len, model.backbone.tokenizer(rest, add_special_tokens=False)["input_ids"]))
+    steered = text_log_likelihoods(model, prompts, rest, suffix="")
+    with silent(model):
+        frozen = text_log_likelihoods(model, prompts, rest, suffix="")
+    perplexities = [math.exp(-sum(value for value, _ in values) / num_tokens) for values in (frozen, steered)]
+    changes = [(f - s) for (f, _), (s, _) in zip(frozen, steered, strict=True)]
+    return {
+        "n": len(passages),
+        "num_tokens": num_tokens,
+        "perplexity_frozen": perplexities[0],
+        "perplexity_steered": perplexities[1],
+        "change": perplexities[1] / perplexities[0] - 1,
+        "stderr_of_log": statistics.stdev(changes) * math.sqrt(len(changes)) / num_tokens,
+    }
+
+
+@contextmanager
+def silent(model: HybridModel) -> Any:
+    """The head with its gate shut: the frozen language model."""
+    gate: Any = model.text_decoder.gate  # ty: ignore[unresolved-attribute]
+    kept = {name: value.clone() for name, value in gate.state_dict().items()}
+    gate.load_state_dict({name: torch.zeros_like(value) for name, value in kept.items()})
+    yield
+    gate.load_state_dict(kept)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown table of exact match by depth, and a line on the other texts."""
+    systems = results["exact_match"]
+    lines = ["| depth | n | " + " | ".join(system["name"] for system in systems) + " |"]
+    lines += ["|---|---|" + "---|" * len(systems)]
+    for rows in zip(*(system["accuracy_by_depth"] for system in systems), strict=True):
+        cells = [f"{row['accuracy']:.3f} ({row['interval'][0]:.3f}–{row['interval'][1]:.3f})" for row in rows]
+        lines.append(f"| {rows[0]['depth']} | {rows[0]['n']} | " + " | ".join(cells) + " |")
+    other = results["unrelated"]
+    lines.append(
+        f"\nPerplexity of {other['n']} unrelated passages: {other['perplexity_frozen']:.2f} frozen, "
+        f"{other['perplexity_steered']:.2f} steered ({100 * other['change']:+.2f} %)."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
