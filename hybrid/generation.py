@@ -96,7 +96,7 @@ def generate_texts(
     choices: Sequence[str] | None = None,
     fields: Sequence[Field] | None = None,
     chat: bool | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | None = None,
     max_steps: int | None = None,
     halting: str | None = None,
     max_new_tokens: int = 64,
@@ -133,7 +133,7 @@ def generate_texts(
         latent, length = refined.answer_latent, {"max_new_tokens": max_new_tokens}
         written = write_texts(model, prompts, read, latent, batch, **length, **stops, **kwargs)
         texts |= dict(zip(rows, written, strict=True))
-    return [_cut(texts[row], stop) for row in range(len(questions))]
+    return [_cut(texts[row], stop or ()) for row in range(len(questions))]
 
 
 class _StopTexts(StoppingCriteria):

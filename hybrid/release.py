@@ -61,9 +61,8 @@ def differences(folder: Path, backbone: Backbone | None = None) -> list[str]:
     found = []
     for recorded in json.loads((folder / EXPECTED).read_text()):
         now = _recorded(_ask(model, recorded))
-        if (now["value"], now["steps"]) != (recorded["value"], recorded["steps"]) or (
-            abs(now["probability"] - recorded["probability"]) > TOLERANCE
-        ):
+        same = all(now[name] == recorded[name] for name in now if name != "probability")
+        if not same or abs(now["probability"] - recorded["probability"]) > TOLERANCE:
             found.append(f"{recorded['question']!r}: {now}, recorded { ({name: recorded[name] for name in now}) }")
     return found
 
@@ -75,8 +74,10 @@ def _ask(model: HybridModel, question: Mapping[str, Any]) -> Answer:
         context=question.get("context"),
         choices=question.get("choices"),
         fields=[Field(name, options) for name, options in fields.items()] if fields else None,
+        explain=model.text_decoder is not None,
     )
 
 
 def _recorded(answer: Answer) -> dict[str, Any]:
-    return {"value": answer.value, "probability": round(answer.probability, 4), "steps": answer.steps}
+    recorded = {"value": answer.value, "probability": round(answer.probability, 4), "steps": answer.steps}
+    return recorded | ({"text": answer.text} if answer.text is not None else {})
