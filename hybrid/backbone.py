@@ -96,6 +96,7 @@ class Backbone:
         tokenizer: Its tokenizer.
         layers: Hidden states read: 0 is the token embedding, `i` the output of block `i` (before any final norm).
         dim: Hidden size.
+        special_prefix: Special tokens that the tokenizer puts before a text.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Backbone:
                 block.register_forward_hook(partial(_keep, layer))
         self._is_causal: bool | None = None
         self._vocabulary_statistics: tuple[Tensor, Tensor] | None = None
-        self._prefix, self._suffix = _special_tokens_around(tokenizer)
+        self.special_prefix, self._suffix = _special_tokens_around(tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -259,7 +260,7 @@ class Backbone:
             if not text.strip():
                 raise ValueError(f"text {row} is empty: every example needs a question")
         encoded = self.tokenizer(joined, add_special_tokens=False)["input_ids"]
-        return [self._reading(self._prefix, ids, self._suffix, joined[row]) for row, ids in enumerate(encoded)]
+        return [self._reading(self.special_prefix, ids, self._suffix, joined[row]) for row, ids in enumerate(encoded)]
 
     def _reading(self, before: Sequence[int], ids: Sequence[int], after: Sequence[int], text: str) -> Prompt:
         """A text's tokens in the template, between special tokens; refused if too long."""
@@ -294,7 +295,7 @@ class Backbone:
         readings = self.prompts(texts)
         if not chat:
             after = self._token_ids(suffix)
-            return [TextPrompt([*self._prefix, *reading.memory_ids, *after], reading) for reading in readings]
+            return [TextPrompt([*self.special_prefix, *reading.memory_ids, *after], reading) for reading in readings]
         if self.tokenizer.chat_template is None:
             raise ValueError(f"the tokenizer of {self.name} has no chat template: leave chat=False")
         mark = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -309,7 +310,7 @@ class Backbone:
 
     def text_prompt_of_ids(self, token_ids: list[int], suffix: str = "") -> TextPrompt:
         """A tokenised prompt: the reasoner reads it without the special tokens before and the suffix behind it."""
-        before, after = self._prefix, self._token_ids(suffix)
+        before, after = self.special_prefix, self._token_ids(suffix)
         start = len(before) if token_ids[: len(before)] == before else 0
         stop = len(token_ids) - (len(after) if after and token_ids[-len(after) :] == after else 0)
         ids = token_ids[start:stop]

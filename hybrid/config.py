@@ -275,6 +275,8 @@ class TrainingConfig:
         answer_loss_weight: Weight of the cross-entropy of the fields.
         halt_loss_weight: Weight of the halting loss.
         text_loss_weight: Weight of the next-token loss on the answer's text, of heads with a text decoder.
+        keep_loss_weight: Weight of the next-token loss on texts that the frozen model wrote by itself, which teaches a
+            text decoder to leave alone what it has nothing to say about; 0 leaves them out.
         start_from: Folder of a head whose weights the run starts from; parts that it lacks start anew.
         parts: Parts of the head that are trained: `adapter`, `reasoner`, `decoder`, `text_decoder`; `null` is all.
         recursion_schedule: Stages that grow the recursion.
@@ -306,6 +308,7 @@ class TrainingConfig:
     answer_loss_weight: float = 1.0
     halt_loss_weight: float = 0.5
     text_loss_weight: float = 1.0
+    keep_loss_weight: float = 0.0
     start_from: str | None = None
     parts: list[Literal["adapter", "reasoner", "decoder", "text_decoder"]] | None = None
     recursion_schedule: list[RecursionStage] = field(default_factory=list)
@@ -325,7 +328,7 @@ class TrainingConfig:
             _check(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number > 0")
         for name in ("learning_rate", "max_grad_norm"):
             _check(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number > 0")
-        weights = ("answer_loss_weight", "halt_loss_weight", "text_loss_weight")
+        weights = ("answer_loss_weight", "halt_loss_weight", "text_loss_weight", "keep_loss_weight")
         for name in ("weight_decay", "warmup_updates", "feature_noise", *weights):
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "a number ≥ 0")
         _check(all(0 <= beta < 1 for beta in self.betas), "training.betas", self.betas, "two numbers in [0, 1)")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import StoppingCriteria
 
-from hybrid.backbone import TextPrompt, length_batches
+from hybrid.backbone import Backbone, TextPrompt, length_batches
 from hybrid.config import TextConfig
 from hybrid.data import Example
 from hybrid.decoder import Field, FieldBatch
@@ -343,3 +343,51 @@ def answer_text(settings: TextConfig, example: Example) -> str:
         return settings.answer.format_map(answers)
     except KeyError as error:
         raise ValueError(f"text.answer={settings.answer!r} names {error}: the fields are {list(answers)}") from None
+
+
+# -- texts that are to stay as they are ----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def own_texts(backbone: Backbone, number: int, num_tokens: int, seed: int, batch_size: int = 64) -> list[list[int]]:
+    """Texts that the frozen model writes by itself, sampled from its own distribution after a random first token.
+
+    Returns:
+        Token ids, `num_tokens` + 1 each, behind the special tokens that the model begins with.
+    """
+    model: Any = backbone.model
+    texts: list[list[int]] = []
+    with torch.random.fork_rng(devices=[] if backbone.device.type == "cpu" else [backbone.device]):
+        torch.manual_seed(seed)
+        first = torch.randint(len(backbone.tokenizer), (number,))
+        for batch in first.split(batch_size):
+            prompts = torch.tensor([backbone.special_prefix + [token] for token in batch.tolist()])
+            output = model.generate(
+                input_ids=prompts.to(backbone.device),
+                attention_mask=torch.ones_like(prompts).to(backbone.device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=num_tokens,
+                max_new_tokens=num_tokens,
+                pad_token_id=0,
+            )
+            texts += output.tolist()
+    return texts
+
+
+def keep_loss(model: HybridModel, texts: Sequence[list[int]], fields: Sequence[Field]) -> Tensor:
+    """Next-token loss of the second half of texts that the frozen model wrote, with gradient to the text decoder.
+
+    As they are samples of its own distribution, no steering does better than none.
+    """
+    half = len(texts[0]) // 2
+    prompts = [model.backbone.text_prompt_of_ids(text[:half]) for text in texts]
+    read, hidden_states, memory_mask = read_texts(model, prompts)
+    batch = model.field_batch([fields] * len(texts))
+    latent = refine_rollouts(model, hidden_states, memory_mask, batch, rollouts=1).answer_latent
+    losses, _ = continuation_losses(
+        model, read, latent.clone().to(model.device), batch, [text[half:] for text in texts]
+    )
+    return losses.mean()

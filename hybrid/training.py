@@ -36,7 +36,7 @@ from hybrid.config import ReasonerConfig, RecursionStage, RunConfig, TrainingCon
 from hybrid.data import Example, data_fingerprint, load_examples
 from hybrid.decoder import FieldBatch
 from hybrid.evaluation import by_depth, run_steps, run_text
-from hybrid.generation import answer_text, answer_text_loss
+from hybrid.generation import answer_text, answer_text_loss, keep_loss, own_texts
 from hybrid.hub import check_head_folder
 from hybrid.losses import all_fields_right
 from hybrid.model import HybridModel
@@ -45,6 +45,7 @@ from hybrid.reasoner import ReasonerState, has_halted
 
 CHECKPOINT = "checkpoint.pt"
 MAX_WRITTEN = 200  # validation answers that are written in words at each evaluation
+NUM_KEPT, KEPT_TOKENS, KEPT_ROWS = 256, 96, 4  # texts of the frozen model's own, their length, how many an update sees
 MASTERY_ROWS = 1000  # rows over which the curriculum follows the share of right answers
 MIN_PART = 16  # rows of a part below which matrix products get slow
 NUM_STATISTICS_TOKENS = 16_384  # training tokens from which the adapter takes means and deviations
@@ -324,6 +325,9 @@ class Trainer:
             self.settings.feature_noise,
         )
         self.in_threads = accelerator.device.type == "cpu" and not any(noise)
+        self.kept: list[list[int]] = []
+        if model.text_decoder is not None and self.settings.keep_loss_weight > 0:
+            self.kept = own_texts(model.backbone, NUM_KEPT, KEPT_TOKENS, self.settings.seed)
         self.num_updates, self.seconds, self.best_accuracy, self.num_bad = 0, 0.0, -1.0, 0
         self.window: dict[str, float] = {}
         self.stop_requested, self.finished = False, False
@@ -383,6 +387,8 @@ class Trainer:
             self._count(
                 {"rows_finished": float(finished.sum()), "steps": float(self.rows.steps[part][finished].sum())}
             )
+        if self.kept:
+            self._add_keep_loss()
         if self.accelerator.num_processes > 1:
             self.weights.reduce_gradients(self.accelerator)
         if self.settings.curriculum is not None and self.any_process(self.curriculum.is_mastered()):
@@ -390,6 +396,15 @@ class Trainer:
         rate = learning_rate(settings, self.num_updates)
         self._count({"gradient_norm": self.weights.update(rate, self.num_updates)})
         self.num_updates += 1
+
+    def _add_keep_loss(self) -> None:
+        """Add the gradient of leaving some of the frozen model's own texts as they are."""
+        drawn = np.random.default_rng([self.settings.seed, 2, self.num_updates, self.accelerator.process_index])
+        texts = [self.kept[row] for row in drawn.choice(len(self.kept), KEPT_ROWS, replace=False)]
+        loss = keep_loss(self.model, texts, self.train.examples[0].fields)
+        weighted = self.settings.keep_loss_weight * loss
+        self.weights.add_gradients(torch.autograd.grad(weighted, self.weights.parameters, allow_unused=True), 1.0)
+        self._count({"keep_loss": float(loss)})
 
     def _parts(self, lengths: Sequence[int]) -> list[Tensor]:
         """The rows in parts of similar length, so that little padding is computed, the longest first.

@@ -172,6 +172,13 @@ def tiny_model(backbone: Backbone, **changes) -> HybridModel:
     ).eval()
 
 
+def open_gate(model: HybridModel) -> HybridModel:
+    """A head whose soft tokens are seen."""
+    assert model.text_decoder is not None
+    model.text_decoder.gate.bias.data.fill_(5.0)
+    return model
+
+
 @pytest.fixture
 def model(backbone) -> HybridModel:
     """An untrained head in float32."""

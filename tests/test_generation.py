@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import CHOICES, chain_examples, chatty_llama, tiny_reasoner, word_tokenizer
+from conftest import CHOICES, chain_examples, chatty_llama, open_gate, tiny_reasoner, word_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hybrid.backbone import Backbone
@@ -47,12 +47,6 @@ def writer(template: str = "echo", suffix: str = " is", language_model=None, **t
         known_options=CHOICES,
         choices=CHOICES,
     ).eval()
-
-
-def open_gate(model: HybridModel) -> HybridModel:
-    assert model.text_decoder is not None
-    model.text_decoder.gate.bias.data.fill_(5.0)
-    return model
 
 
 def tokens(model: HybridModel, questions=QUESTIONS) -> dict[str, torch.Tensor]:

@@ -17,13 +17,14 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import chain_examples, chatty_llama, tiny_reasoner, tiny_run, word_tokenizer
+from conftest import chain_examples, chatty_llama, open_gate, tiny_reasoner, tiny_run, word_tokenizer
 
 from hybrid.backbone import Backbone
 from hybrid.batches import EmbeddedExamples, known_options
 from hybrid.config import RecursionStage, RunConfig, TextConfig, to_plain
-from hybrid.data import Example
+from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
+from hybrid.generation import keep_loss, own_texts
 from hybrid.model import HybridModel
 from hybrid.training import CHECKPOINT, Curriculum, RowStream, Trainer, learning_rate, prepare, train
 
@@ -382,6 +383,27 @@ def test_text_and_fields_are_learned_together(folder, backbone):
     lines = curve(folder / "run")
     assert {"answer_loss", "text_loss", "written_right"} <= set(lines[0])
     assert any("valid_written" in line for line in lines)
+
+
+def test_own_texts_are_kept_as_they_are(folder):
+    backbone = Backbone(chatty_llama(), word_tokenizer(), name="tiny-llama", layers=[0, 1, 2], template="echo")
+    texts = own_texts(backbone, 5, 9, seed=1)
+    assert own_texts(backbone, 5, 9, seed=1) == texts != own_texts(backbone, 5, 9, seed=2)
+    assert {len(text) for text in texts} == {10}
+    config = tiny_run(folder, num_updates=4, keep_loss_weight=1.0)
+    config.text = TextConfig(enabled=True)
+    best = train(config, backbone=backbone)
+    assert all(line["keep_loss"] > 0 for line in curve(folder / "run") if "text_loss" in line)
+    model = HybridModel.from_pretrained(best, backbone, dtype="float32").train()
+    open_gate(model)
+    fields = load_examples(config.data, "train")[0].fields
+    before, after = [], []
+    for values in (before, after):  # a step down the gradient shuts the gate
+        loss = keep_loss(model, texts, fields)
+        values.append(float(loss))
+        (gradient,) = torch.autograd.grad(loss, [model.text_decoder.gate.bias])
+        model.text_decoder.gate.bias.data.sub_(5.0 * gradient.sign())
+    assert after < before and model.text_decoder.gate.bias < 1.0
 
 
 def test_names_of_several_fields_are_known_as_options_are():
