@@ -229,12 +229,8 @@ class Backbone:
         }
 
     def quick_hash(self) -> str:
-        """Hash of every parameter's shape and leading values: cheap, and it tells one checkpoint from another."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, parameter in self.model.named_parameters():
-            head = parameter.detach().flatten()[:64].float().cpu()
-            digest.update(f"{name}{tuple(parameter.shape)}".encode() + head.numpy().tobytes())
-        return digest.hexdigest()
+        """`quick_hash` of the frozen model."""
+        return quick_hash(self.model)
 
     def full_hash(self) -> str:
         """Hash of every weight, for the test that training changes none."""
@@ -465,6 +461,15 @@ def load_backbone(config: BackboneConfig, device: str | torch.device | None = No
 def default_layers(num_layers: int) -> list[int]:
     """The embedding (clean token identity) and two layers in the middle (what the tokens mean in context)."""
     return sorted({0, max(1, round(0.4 * num_layers)), max(1, round(0.667 * num_layers))})
+
+
+def quick_hash(model: nn.Module) -> str:
+    """Hash of every parameter's shape and leading values: cheap, and it tells one checkpoint from another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:64].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + head.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def length_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -78,7 +78,7 @@ def load_examples(config: DataConfig, split: str) -> list[Example]:
     if not examples:
         raise ValueError(f"no {split} rows: data.train_depths={config.train_depths}, depths of the source {depths}")
     limit = config.max_train_examples if split == "train" else config.max_eval_examples
-    return [examples[row] for row in sorted(_shuffle(examples, config.seed, proportional=False)[:limit])]
+    return [examples[row] for row in sorted(spread_depths(examples, config.seed, proportional=False)[:limit])]
 
 
 def data_fingerprint(examples: Iterable[Example]) -> str:
@@ -92,7 +92,7 @@ def data_fingerprint(examples: Iterable[Example]) -> str:
 
 def _role_examples(config: DataConfig, role: str) -> list[Example]:
     if config.path or config.hub_id:
-        splits = _read_path(Path(config.path).expanduser()) if config.path else _read_hub(config)
+        splits = read_path(Path(config.path).expanduser()) if config.path else _read_hub(config)
         found = {each: _find_split(config, each, splits) for each in ROLES}
     else:
         splits = {each: _generate(config, each) for each in {"train", role}}
@@ -125,14 +125,14 @@ def _find_split(config: DataConfig, role: str, present: Iterable[str]) -> tuple[
 
 
 def _cut(examples: list[Example], bounds: Bounds | None) -> list[Example]:
-    rows = _shuffle(examples, seed=0, proportional=True)
+    rows = spread_depths(examples, seed=0, proportional=True)
     start, stop = (
         None if b is None else len(rows) * int(b[:-1]) // 100 if "%" in b else int(b) for b in bounds or (None, None)
     )
     return [examples[row] for row in sorted(rows[start:stop])]
 
 
-def _shuffle(examples: Sequence[Example], seed: int, *, proportional: bool) -> list[int]:
+def spread_depths(examples: Sequence[Example], seed: int, *, proportional: bool) -> list[int]:
     """Shuffle row numbers so that every stretch holds each depth, by its share or all depths equally often."""
     sizes, seen, places = Counter(example.depth for example in examples), Counter(), []
     for row in random.Random(seed).sample(range(len(examples)), len(examples)):
@@ -142,7 +142,7 @@ def _shuffle(examples: Sequence[Example], seed: int, *, proportional: bool) -> l
     return [row for *_, row in sorted(places)]
 
 
-def _read_path(path: Path) -> dict[str, Rows]:
+def read_path(path: Path) -> dict[str, Rows]:
     """Read a file, split by its column `split` if it has one, or a folder with one file per split."""
     if not path.exists():
         raise FileNotFoundError(f"data.path={str(path)!r} does not exist: expected a file, or a folder of files")
@@ -303,11 +303,12 @@ def _generate(config: DataConfig, role: str) -> list[dict[str, Any]]:
         rows = list(create_dataset(task, **{"size": size, "seed": seed} | config.task_parameters))
     except (TypeError, AssertionError) as error:
         raise ValueError(f"data.task_parameters={config.task_parameters}: {task} refuses them: {error}") from error
-    to_row = {"knights_knaves": _knights_knaves, "mini_sudoku": _sudoku, "sudoku": _sudoku}.get(task, dict)
+    to_row = {"knights_knaves": _knights_knaves, "mini_sudoku": sudoku_row, "sudoku": sudoku_row}.get(task, dict)
     return [to_row({**row["metadata"], **row}) for row in rows]  # metadata are columns, which can be mapped
 
 
-def _sudoku(row: Mapping[str, Any]) -> dict[str, Any]:
+def sudoku_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a puzzle (lists of lines, 0 where a cell is empty; `num_empty`) in the canonical columns."""
     puzzle = "\n".join(" ".join(str(digit or "_") for digit in line) for line in row["puzzle"])
     cells = {f"r{r}c{c}": str(x) for r, line in enumerate(row["solution"], 1) for c, x in enumerate(line, 1)}
     fields = [{"name": cell, "options": [str(x + 1) for x in range(len(row["puzzle"]))]} for cell in cells]

@@ -19,7 +19,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from hybrid.backbone import Backbone, load_backbone
 from hybrid.baselines import answer_prompt, zero_shot
-from hybrid.config import RunConfig, to_plain
+from hybrid.config import BackboneConfig, RunConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.evaluation import train_seconds
 from hybrid.losses import IGNORED
@@ -90,12 +90,33 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
 
 def evaluate_lora(folder: Path, config: RunConfig, examples: Sequence[Example]) -> dict[str, Any]:
     """Accuracy by depth of an adapter that `train_lora` made, scored as `zero_shot` scores the frozen model."""
-    backbone = load_backbone(config.backbone)
+    tuned, num_parameters = load_lora(folder, config.backbone)
+    figures = zero_shot(tuned, examples)
+    return {**figures, "name": "LoRA", "num_parameters": num_parameters, "train_seconds": train_seconds(folder)}
+
+
+def check_lora_folder(folder: Path) -> None:
+    """Refuse a folder that holds no adapter.
+
+    Raises:
+        ValueError: So it is.
+    """
+    if not (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds no LoRA adapter: train one with `hybrid train CONFIG.yaml --baseline lora`")
+
+
+def load_lora(folder: Path, config: BackboneConfig, device: str | torch.device | None = None) -> tuple[Backbone, int]:
+    """A backbone with an adapter merged into its weights, and the number of the adapter's parameters.
+
+    Raises:
+        ValueError: The folder holds no adapter.
+    """
+    check_lora_folder(folder)
+    backbone = load_backbone(config, device)
     model = peft.PeftModel.from_pretrained(backbone.model, folder)
     num_parameters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     tuned: Any = model.merge_and_unload()
-    figures = zero_shot(Backbone(tuned, backbone.tokenizer, name=f"{backbone.name} with LoRA"), examples)
-    return {**figures, "name": "LoRA", "num_parameters": num_parameters, "train_seconds": train_seconds(folder)}
+    return Backbone(tuned, backbone.tokenizer, name=f"{backbone.name} with LoRA"), num_parameters
 
 
 def _rows(backbone: Backbone, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
