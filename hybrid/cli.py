@@ -19,6 +19,7 @@ USAGE = """usage: hybrid COMMAND [options]      (hybrid COMMAND --help tells a c
   eval HEAD [--data FILE]             accuracy by depth and by refinement steps, result file and plot
   ask HEAD "question" [--choices a,b] answer one question
   generate HEAD "prompt"              let the language model write, steered by the refined latents
+  harness HEAD --tasks a,b            EleutherAI's lm-evaluation-harness, beside what you would use instead
   release HEAD FOLDER --questions F   a head to publish: half the size, with how it answers some questions
   embed CONFIG.yaml                   fill the feature cache ahead of training
   probe CONFIG.yaml                   linear-probe accuracy of every backbone layer: which layers to use
@@ -466,6 +467,93 @@ def _read_json(flag: str, text: str, kind: Any) -> Any:
     return value
 
 
+def command_harness(arguments: Sequence[str]) -> None:
+    """Evaluate a head with lm-evaluation-harness."""
+    parser = _parser("hybrid harness HEAD --tasks a,b: a head on tasks of EleutherAI's lm-evaluation-harness")
+    parser.add_argument("head", type=str | None, nargs="?", default=None, help="folder or Hub id of a head")
+    parser.add_argument(
+        "--tasks", type=str, required=True, help="names or patterns, separated by commas; shipped: stepgame, clutrr, "
+        "prontoqa, proofwriter, knights_knaves, ruletaker, folio, sudoku"
+    )  # fmt: skip
+    parser.add_argument(
+        "--model_args",
+        type=str,
+        default="",
+        help="of the head, as lm-eval takes them: mode=choice|lm,steps=,halting=,rollouts=,dtype=,device=",
+    )
+    parser.add_argument(
+        "--compare", type=str, default="", help="any of backbone,lora=FOLDER,eval, on the same documents"
+    )
+    parser.add_argument(
+        "--data", type=str, default="", help="local copies instead of the Hub: TASK=FILE, or FILE for one task"
+    )
+    parser.add_argument(
+        "--split", type=Literal["valid", "test", "train"] | None, default=None,
+        help="by default valid for shipped tasks, and what the task says for others",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=float | None, default=None, help="documents of each task, or a share below 1")
+    parser.add_argument("--num_fewshot", type=int | None, default=None, help="examples before each question")
+    parser.add_argument(
+        "--apply_chat_template", type=bool, nargs="?", const=True, default=False, help="the backbone's chat template"
+    )
+    parser.add_argument("--batch_size", type=int | None, default=None, help="questions at a time")
+    parser.add_argument("--use_cache", type=str | None, default=None, help="path of lm-eval's response cache")
+    parser.add_argument("--include_path", type=str | None, default=None, help="a folder with more tasks")
+    parser.add_argument(
+        "--log_samples",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="write each answer beside the result file",
+    )
+    parser.add_argument("--output", type=str, default="harness.json", help="result file")
+    parsed = _parse(parser, arguments)
+    tasks, compare, data = ([x for x in text.split(",") if x] for text in (parsed.tasks, parsed.compare, parsed.data))
+    if len(tasks) == 1 and len(data) == 1 and "=" not in data[0]:
+        data = [f"{tasks[0]}={data[0]}"]
+    if wrong := [item for item in data if "=" not in item]:
+        raise ValueError(f"--data {wrong[0]}: expected TASK=FILE, separated by commas")
+    if parsed.limit is not None and parsed.limit <= 0:
+        raise ValueError(f"--limit {parsed.limit:g}: expected a number > 0")
+    import shlex
+    from pathlib import Path
+
+    try:
+        import lm_eval  # noqa: F401  only to see whether it is there
+    except ModuleNotFoundError as error:
+        raise RuntimeError("hybrid harness needs lm_eval: pip install 'hybrid-reasoner[eval]'") from error
+    from lm_eval.utils import simple_parse_args_string
+
+    model_args = simple_parse_args_string(parsed.model_args)
+    if (parsed.head is None) == ("pretrained" not in model_args):
+        raise ValueError("give one head: hybrid harness HEAD, or --model_args pretrained=HEAD")
+    model_args.setdefault("pretrained", parsed.head)
+    from hybrid.comparison import load_tasks, run_harness, write_samples
+    from hybrid.evaluation import harness_lines, provenance, write_results
+    from hybrid.harness import HybridLM
+
+    folders = [parsed.include_path] if parsed.include_path else []
+    manager, loaded = load_tasks(
+        tasks, dict(item.split("=", 1) for item in data), parsed.split, folders, parsed.num_fewshot
+    )
+    head = HybridLM(**{"batch_size": parsed.batch_size, **model_args})
+    found = run_harness(
+        head, manager, loaded, compare, use_cache=parsed.use_cache, limit=parsed.limit,
+        num_fewshot=parsed.num_fewshot, apply_chat_template=parsed.apply_chat_template,
+        log_samples=parsed.log_samples,
+    )  # fmt: skip
+    if found is None:
+        return  # the first process writes
+    results, samples = found
+    results |= provenance(shlex.join(["hybrid", "harness", *arguments]), head.refinement["seed"])
+    path = Path(parsed.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_results(path, results)
+    write_samples(path, samples)
+    print(f"{harness_lines(results)}\n{results['config']['loglikelihood']}\nwritten: {path}")
+
+
 def command_release(arguments: Sequence[str]) -> None:
     """Make a head ready to publish."""
     parser = _parser("hybrid release HEAD FOLDER: a head in bfloat16, with run, log, results, card and some answers")
@@ -580,6 +668,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": command_generate,
     "embed": command_embed,
     "probe": command_probe,
+    "harness": command_harness,
     "release": command_release,
     "bench": command_bench,
     "env": command_env,

@@ -288,6 +288,36 @@ def accuracy_lines(results: dict[str, Any], *others: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def harness_lines(results: dict[str, Any]) -> str:
+    """Result file of `hybrid harness` as a Markdown table: scores with standard errors, a row per task and metric."""
+    systems = [results, *results["compared"]]
+    names = [system["name"] for system in systems]
+    lines = ["| task | split | n | metric | " + " | ".join(names) + " |", "|---|---|---|---|" + "---|" * len(systems)]
+    for task, row in results["results"].items():
+        metrics = [key for system in systems for key in system["results"].get(task, {}) if "," in key]
+        for metric in dict.fromkeys(key for key in metrics if "_stderr" not in key):
+            cells = [_score(system, task, metric) for system in systems]
+            name = metric.removesuffix(",none")
+            if name == "acc_norm" and results["config"].get("mode") == "choice":
+                cells[0] = "–"  # no likelihoods, so dividing them by a length means nothing
+            if set(cells) == {"–"}:
+                continue
+            n = next(system["results"][task] for system in systems if metric in system["results"].get(task, {}))
+            asked = [row["alias"].strip(), results["split"].get(task, ""), str(n.get("sample_len", "")), name]
+            lines.append("| " + " | ".join([*asked, *cells]) + " |")
+    lines.append("| seconds | | | | " + " | ".join(f"{system['seconds']:,.0f}" for system in systems) + " |")
+    return "\n".join(lines)
+
+
+def _score(system: dict[str, Any], task: str, metric: str) -> str:
+    found = system["results"].get(task, {})
+    name, _, filtered = metric.partition(",")
+    score, error = found.get(metric), found.get(f"{name}_stderr,{filtered}")
+    if score is None:
+        return "–"
+    return f"{score:.3f} ± {error:.3f}" if isinstance(error, float) else f"{score:.3f}"
+
+
 def provenance(command: str, seed: int) -> dict[str, Any]:
     """What a number needs to be believed: command, seed, commit, versions, device."""
     return {

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from hybrid.bench import markdown_table
-from hybrid.evaluation import accuracy_lines
+from hybrid.evaluation import accuracy_lines, harness_lines
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (table|file): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,6 +29,8 @@ def render(text: str) -> str:
             results = json.loads(content)
             if "rows" in results:
                 body = f"`{results['command']}`, {results['device']}:\n\n{markdown_table(results)}\n"
+            elif "compared" in results:
+                body = f"`{results['command']}`, scores with standard errors:\n\n{harness_lines(results)}\n"
             else:
                 others = [json.loads((ROOT / name).with_name(other).read_text()) for other in more.split()]
                 body = f"`{results['command']}`, n and 95% intervals as shown:\n\n{accuracy_lines(results, *others)}\n"
