@@ -20,7 +20,7 @@ from test_training import write_data
 
 pytest.importorskip("lm_eval", reason="needs the extra [eval]: pip install 'hybrid-reasoner[eval]'")
 
-import lm_eval
+import lm_eval.evaluator
 from lm_eval.tasks import TaskManager
 
 from hybrid import comparison
@@ -34,6 +34,12 @@ from hybrid.model import HybridModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft uses it
 BUILT_IN = Path(lm_eval.__file__).parent / "tasks"
+
+
+@pytest.fixture(autouse=True)
+def no_machine_report(monkeypatch):
+    """lm-eval asks the machine for its versions at every evaluation, which takes longer than these."""
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from conftest import CHOICES, chain_examples, tiny_llama, tiny_model, tiny_reaso
 pytest.importorskip("lm_eval", reason="needs the extra [eval]: pip install 'hybrid-reasoner[eval]'")
 
 import datasets
-import lm_eval
+import lm_eval.evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
@@ -60,6 +60,12 @@ def same(scores, others) -> bool:
     return [score for score, _ in scores] == pytest.approx([score for score, _ in others], abs=1e-5)
 
 
+@pytest.fixture(autouse=True)
+def no_machine_report(monkeypatch):
+    """lm-eval asks the machine for its versions at every evaluation, which takes longer than these."""
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)
+
+
 @pytest.fixture
 def lm(model) -> HybridLM:
     return HybridLM(model)
@@ -94,6 +100,13 @@ def test_scores_are_log_probabilities_over_the_choices(lm, model, asked):
     expected = answer.trace[-1]["answer"]
     assert [math.exp(score) for score, _ in scores] == pytest.approx([expected[choice] for choice in CHOICES])
     assert [choice for choice, (_, is_best) in zip(CHOICES, scores, strict=True) if is_best] == [answer.value]
+
+
+@pytest.mark.filterwarnings("ignore:this head was trained on tiny-llama")
+def test_encoders_serve_too(any_backbone):
+    model = tiny_model(any_backbone)
+    scores = HybridLM(model).loglikelihood(requests_of(chain_examples(1)[0]))
+    assert math.fsum(math.exp(score) for score, _ in scores) == pytest.approx(1)
 
 
 def test_permuted_choices_have_permuted_scores(lm):
