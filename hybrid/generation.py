@@ -251,6 +251,7 @@ def text_log_likelihoods(
     *,
     choices: Sequence[str] | None = None,
     fields: Sequence[Field] | None = None,
+    chat: bool | None = None,
     suffix: str | None = None,
     max_steps: int | None = None,
     halting: str | None = None,
@@ -263,13 +264,14 @@ def text_log_likelihoods(
         continuations: What follows each prompt, from its first space on.
         choices: Options of a question with one answer; by default those of the head.
         fields: What is asked, when there are several answers.
+        chat: Put questions into the chat template; by default as the head was trained.
         suffix: What follows the question in the prompt; by default as the head was trained.
         max_steps: Refinement steps at most.
         halting: `learned`, `convergence` or `never`.
     """
     check_text_decoder(model)
     asked = fields_asked(model, choices, fields)
-    all_prompts, tokenizer = text_prompts(model, texts, suffix=suffix), model.backbone.tokenizer
+    all_prompts, tokenizer = text_prompts(model, texts, chat, suffix), model.backbone.tokenizer
     encoded = tokenizer(list(continuations), add_special_tokens=False)["input_ids"]
     if not all(encoded):
         raise ValueError(f"continuation {encoded.index([])} is empty: its likelihood is not defined")

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,16 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from tqdm import tqdm
 
 from hybrid import __version__
-from hybrid.backbone import Backbone, load_backbone, quick_hash
+from hybrid.backbone import CONTEXT_SEPARATOR, Backbone, load_backbone, quick_hash
 from hybrid.baselines import check_zero_shot
 from hybrid.config import HybridConfig
 from hybrid.decoder import Field
 from hybrid.documents import fields_of, is_document
+from hybrid.generation import generate, text_log_likelihoods
 from hybrid.hub import check_head_folder
 from hybrid.inference import PICKS, TOKEN_BUDGET, refine_rollouts
 from hybrid.model import HybridModel
@@ -42,7 +43,6 @@ MODES = {
     "lm": "log-likelihoods of the continuations under the frozen language model behind the reasoner's soft tokens",
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LIKELIHOODS_AT_ONCE = 64  # requests between two entries in the response cache
 
 
 @contextmanager
@@ -202,6 +202,8 @@ class HybridLM(Processes, LM):
         }
         if mode == "lm":
             self.check_text_decoder("mode=lm")
+            if rollouts > 1:
+                raise ValueError(f"rollouts={rollouts}: mode=lm takes one; mode=choice and generated text take more")
 
     @property
     def device(self) -> torch.device:
@@ -211,7 +213,7 @@ class HybridLM(Processes, LM):
     @property
     def has_text_decoder(self) -> bool:
         """Whether the head can write."""
-        return getattr(self.model, "text_decoder", None) is not None
+        return self.model.text_decoder is not None
 
     def check_text_decoder(self, wanted: str) -> None:
         """Refuse what a head cannot do that only chooses among options."""
@@ -226,29 +228,30 @@ class HybridLM(Processes, LM):
         Raises:
             ValueError: A continuation comes without the other choices, and the head has no text decoder.
         """
-        if self.mode == "lm":
-            return self._likelihoods(requests)
         results: dict[int, tuple[float, bool]] = {}
         asked: dict[Question, list[tuple[int, int, str]]] = defaultdict(list)  # number of the request, field, choice
-        alone: list[int] = []
+        alone: list[tuple[list[int], tuple[Field, ...] | None]] = []  # numbers of requests after one text, its fields
         for numbers in _groups(requests):
             choices = [requests[number].args[1].strip() for number in numbers]
-            found = self._question([requests[number] for number in numbers], choices)
-            if found is None:
-                alone.extend(numbers)
+            question, field = self._question([requests[number] for number in numbers], choices) or (None, 0)
+            if question is None:
+                alone.append((numbers, None))
+            elif self.mode == "lm":
+                alone.append((numbers, question.fields))
             else:
-                asked[found[0]] += [
-                    (number, found[1], choice) for number, choice in zip(numbers, choices, strict=True)
-                ]
-        results.update(zip(alone, self._likelihoods([requests[number] for number in alone]), strict=True))
-        with tqdm(total=len(asked), unit="question", disable=disable_tqdm or self.rank != 0, leave=False) as bar:
+                asked[question] += [(number, field, choice) for number, choice in zip(numbers, choices, strict=True)]
+        with tqdm(total=len(requests), unit="choice", disable=disable_tqdm or self.rank != 0, leave=False) as bar:
+            for numbers, fields in alone:
+                scores = self._likelihoods([requests[number] for number in numbers], fields)
+                results.update(zip(numbers, scores, strict=True))
+                bar.update(len(numbers))
             for questions in self._batches(list(asked)) if asked else ():
-                for question, fields in zip(questions, self._log_probabilities(questions), strict=True):
+                for question, options in zip(questions, self._log_probabilities(questions), strict=True):
                     for number, field, choice in asked[question]:
-                        value = fields[field][choice]
-                        results[number] = value, value == max(fields[field].values())
+                        value = options[field][choice]
+                        results[number] = value, value == max(options[field].values())
                         self.cache_hook.add_partial("loglikelihood", requests[number].args, results[number])
-                bar.update(len(questions))
+                    bar.update(len(asked[question]))
         return [results[number] for number in range(len(requests))]
 
     def _question(self, group: Sequence[Instance], choices: Sequence[str]) -> tuple[Question, int] | None:
@@ -296,21 +299,29 @@ class HybridLM(Processes, LM):
 
     # -- text ------------------------------------------------------------------------------------------------------
 
-    def _likelihoods(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihoods, in nats, of continuations by themselves, and whether each is the greedy one."""
-        if requests and not self.has_text_decoder:
+    def _likelihoods(self, group: Sequence[Instance], fields: Sequence[Field] | None) -> list[tuple[float, bool]]:
+        """Log-likelihoods, in nats, of continuations of one text, and whether each is the greedy one."""
+        task, text = group[0].task_name, group[0].args[0]
+        if not self.has_text_decoder:
             raise ValueError(
-                f"task {requests[0].task_name}: {requests[0].args[1]!r} comes without other choices after the same "
-                "text, so there is nothing to choose from, and a likelihood needs a head with a text decoder"
+                f"task {task}: {group[0].args[1]!r} comes without other choices after the same text, so there is "
+                "nothing to choose from, and a likelihood needs a head with a text decoder"
             )
-        results: list[tuple[float, bool]] = []
-        for start in range(0, len(requests), LIKELIHOODS_AT_ONCE):
-            some = requests[start : start + LIKELIHOODS_AT_ONCE]
-            texts, continuations = [_text(request) for request in some], [request.args[1] for request in some]
-            results += _generation().text_log_likelihoods(self.model, texts, continuations)
-            for request, result in zip(some, results[start:], strict=True):
-                self.cache_hook.add_partial("loglikelihood", request.args, result)
-        return results
+        context, question = _text(group[0])
+        read = f"{context}{CONTEXT_SEPARATOR}{question}" if context else question
+        scores = text_log_likelihoods(
+            self.model,
+            [(context, question)] * len(group),
+            [request.args[1] for request in group],
+            fields=fields,
+            chat=False,
+            suffix=text.removeprefix(read),
+            max_steps=self.refinement["max_steps"],
+            halting=self.refinement["halting"],
+        )
+        for request, score in zip(group, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, score)
+        return scores
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Text of the frozen model behind the reasoner's soft tokens, up to the first stop sequence.
@@ -325,10 +336,17 @@ class HybridLM(Processes, LM):
             stop, max_new_tokens = kwargs.pop("until"), kwargs.pop("max_gen_toks")
             if not kwargs.get("do_sample"):
                 kwargs.pop("temperature", None)
-            context, question = _text(request)
-            text = _generation().generate_text(
-                self.model, question, context=context, stop=stop or None, max_new_tokens=max_new_tokens, **kwargs
+            token_ids = torch.tensor([self.tokenizer(request.args[0])["input_ids"]])
+            stops = stop_sequences_criteria(self.tokenizer, stop, token_ids.shape[1], 1)
+            output = generate(
+                self.model,
+                token_ids,
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=stops,
+                **self.refinement,
+                **kwargs,
             )
+            text = self.tokenizer.decode(output[0, token_ids.shape[1] :], skip_special_tokens=True)
             results.append(postprocess_generated_text(text, stop, None))
             self.cache_hook.add_partial("generate_until", request.args, results[-1])
         return results
@@ -381,11 +399,6 @@ class HybridLM(Processes, LM):
             "loglikelihood": MODES[self.mode],
             "loglikelihood_rolling": "the frozen language model's own, without the reasoner",
         }
-
-
-def _generation() -> Any:
-    """The module of heads that write, imported by those only."""
-    return import_module("hybrid.generation")
 
 
 def _load_head(pretrained: str, dtype: str, device: str | None) -> HybridModel:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import peft
@@ -209,10 +208,11 @@ def test_tasks_of_lm_eval_from_local_copies(head, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="task babi, which asks for generated text, needs a text decoder"):
         run_harness(lm, manager, tasks)
 
-    module = types.ModuleType("hybrid.generation")
-    module.generate_text = lambda model, question, **kwargs: " left\n" if "Where" in question else " True"
-    monkeypatch.setitem(sys.modules, "hybrid.generation", module)
-    monkeypatch.setattr(lm.model, "text_decoder", object(), raising=False)
+    written = {True: " left", False: " True"}
+    monkeypatch.setattr(
+        HybridLM, "generate_until", lambda self, requests: [written["Where" in r.args[0]] for r in requests]
+    )
+    monkeypatch.setattr(HybridLM, "has_text_decoder", True)
     results, _ = run_harness(lm, manager, tasks, log_samples=False)
     scores = results["results"]
     assert {"logiqa", "logiqa2"} <= scores.keys() and 0 <= scores["logiqa"]["acc,none"] <= 1

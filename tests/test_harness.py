@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-import types
 
 import pytest
 import torch
-from conftest import CHOICES, chain_examples, tiny_llama, tiny_model, tiny_reasoner, word_tokenizer
+from conftest import (
+    CHOICES,
+    chain_examples,
+    chatty_llama,
+    open_gate,
+    tiny_model,
+    tiny_reasoner,
+    word_tokenizer,
+)
 
 pytest.importorskip("lm_eval", reason="needs the extra [eval]: pip install 'hybrid-reasoner[eval]'")
 
@@ -22,7 +28,7 @@ from lm_eval.tasks import TaskManager
 
 from hybrid import harness
 from hybrid.backbone import Backbone, load_backbone
-from hybrid.config import BackboneConfig
+from hybrid.config import BackboneConfig, TextConfig
 from hybrid.data import Example
 from hybrid.decoder import Field
 from hybrid.documents import documents_of
@@ -77,7 +83,7 @@ def language_model() -> Backbone:
     tokenizer = word_tokenizer()
     tokenizer.eos_token = "[SEP]"
     tokenizer.chat_template = "{% for m in messages %}says {{ m.content }} {% endfor %}the "
-    return Backbone(tiny_llama(), tokenizer, name="tiny-llama", layers=[0, 1, 2])
+    return Backbone(chatty_llama(), tokenizer, name="tiny-llama", layers=[0, 1, 2])
 
 
 @pytest.fixture
@@ -275,51 +281,74 @@ def test_bad_arguments_are_one_line(model, arguments, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-# -- heads that write -------------------------------------------------------------------------------------------------
+# -- heads that write ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def writer(model, monkeypatch) -> types.SimpleNamespace:
-    """A head with a text decoder, whose module is a stub that records what it is asked."""
-    seen = types.SimpleNamespace(likelihoods=[], texts=[])
-
-    def text_log_likelihoods(model, prompts, continuations):
-        seen.likelihoods += zip(prompts, continuations, strict=True)
-        return [(-float(len(continuation)), continuation == " left") for continuation in continuations]
-
-    def generate_text(model, question, *, context=None, stop=None, max_new_tokens, **kwargs):
-        seen.texts.append((context, question, stop, max_new_tokens, kwargs))
-        return "left\nand more"
-
-    module = types.ModuleType("hybrid.generation")
-    module.text_log_likelihoods, module.generate_text = text_log_likelihoods, generate_text
-    monkeypatch.setitem(sys.modules, "hybrid.generation", module)
-    monkeypatch.setattr(model, "text_decoder", object(), raising=False)
-    return seen
+def writer(language_model) -> HybridModel:
+    """An untrained head with a text decoder, which changes nothing yet."""
+    torch.manual_seed(0)
+    return HybridModel.from_backbone(
+        language_model,
+        backbone_config=BackboneConfig(name_or_path="tiny-llama"),
+        reasoner=tiny_reasoner(refine_memory=True, rotary=True),
+        text=TextConfig(enabled=True),
+        choices=CHOICES,
+    ).eval()
 
 
-def test_mode_lm_gives_likelihoods_one_by_one(model, writer, monkeypatch):
-    monkeypatch.setattr(harness, "LIKELIHOODS_AT_ONCE", 3)
+def test_mode_lm_gives_likelihoods(writer, language_model):
     example = chain_examples(1)[0]
-    requests = requests_of(example)
-    assert HybridLM(model, mode="lm").loglikelihood(requests) == [
-        (-float(len(choice) + 1), choice == "left") for choice in CHOICES
+    other = requests_of(example, 1, ("knave", "the A", "left"), "A is left of B . Where is A ?")
+    requests = requests_of(example) + other
+    frozen = FrozenLM(language_model).loglikelihood(requests)
+    found = HybridLM(writer, mode="lm").loglikelihood(requests)
+    assert same(found, frozen) and [greedy for _, greedy in found] == [greedy for _, greedy in frozen]
+    steered = HybridLM(open_gate(writer), mode="lm").loglikelihood(requests)
+    assert not same(steered, found)
+    assert HybridLM(writer, mode="lm").loglikelihood(other) == steered[len(CHOICES) :]
+    assert same(HybridLM(writer).loglikelihood(other[:1] + other[2:]), steered[4:5] + steered[6:])  # one was cached
+    with pytest.raises(ValueError, match="rollouts=2: mode=lm takes one"):
+        HybridLM(writer, mode="lm", rollouts=2)
+
+
+def test_text_in_mode_lm_is_what_hf_reads_and_the_reasoner_as_in_training(writer, monkeypatch):
+    seen = []
+
+    def text_log_likelihoods(model, texts, continuations, **kwargs):
+        seen.append((texts[0], kwargs["suffix"], kwargs["chat"], [field.name for field in kwargs["fields"]]))
+        return [(-1.0, False) for _ in texts]
+
+    monkeypatch.setattr(harness, "text_log_likelihoods", text_log_likelihoods)
+    fields = (Field("A", ("knight", "knave")), Field("B", ("knave", "knight")))
+    puzzle = Example("A says B is a knave .", "Where ?", fields, ("knight", "knave"), None, "puzzle")
+    lm = HybridLM(writer, mode="lm")
+    lm.loglikelihood(requests_of(puzzle, choices=("knight", "knave")))
+    lm.loglikelihood(requests_of(puzzle, choices=("knight", "knave"), context="A is ?\nAnswer:"))
+    assert seen == [
+        (("A says B is a knave .", "Where ?"), "\nA:", False, ["A", "B"]),
+        ((None, "A is ?\nAnswer:"), "", False, ["A", "B"]),
     ]
-    assert writer.likelihoods == [((example.context, example.question), f" {choice}") for choice in CHOICES]
-    lone = Instance("loglikelihood", {}, ("A is", " knave"), 0)  # without alternatives, also in mode=choice
-    assert HybridLM(model).loglikelihood([lone]) == [(-6.0, False)]
 
 
-def test_generated_text_ends_before_a_stop_sequence(model, writer):
-    row = {"passage": "A is left of B .", "question": "Where is A ?", "answer": "left"}
-    task = task_of(
-        [row], output_type="generate_until", doc_to_text="{{passage}} {{question}}", doc_to_choice=None,
-        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        generation_kwargs={"until": ["\n"], "max_gen_toks": 7, "do_sample": False},
-    )  # fmt: skip
-    results = evaluate(HybridLM(model), task)
-    assert results["results"]["rows"]["exact_match,none"] == 1
-    assert writer.texts == [(None, "A is left of B . Where is A ?", ["\n"], 7, {"do_sample": False})]
+def test_generated_text_is_that_of_hf_up_to_a_stop_sequence(writer, language_model):
+    rows = [
+        {"passage": "A is left of B .", "answer": " left"},
+        {"passage": "C is above the knave .", "answer": " left"},
+    ]
+    metrics = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    asks = {"output_type": "generate_until", "doc_to_text": "passage", "doc_to_choice": None, "metric_list": metrics}
+    free = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    alone = evaluate(FrozenLM(language_model), task_of(rows, **asks, generation_kwargs=dict(free)))
+    found = evaluate(HybridLM(writer), task_of(rows, **asks, generation_kwargs=dict(free)))
+    texts = [sample["resps"][0][0] for sample in found["samples"]["rows"]]
+    assert texts == [sample["resps"][0][0] for sample in alone["samples"]["rows"]]
+    assert len(texts[0].split()) > 1
+    stop = texts[0].split()[-1]
+    found = evaluate(HybridLM(writer), task_of(rows, **asks, generation_kwargs={**free, "until": [stop]}))
+    assert found["samples"]["rows"][0]["resps"][0][0] == texts[0].split(stop)[0]
+    steered = evaluate(HybridLM(open_gate(writer)), task_of(rows, **asks, generation_kwargs=dict(free)))
+    assert [sample["resps"][0][0] for sample in steered["samples"]["rows"]] != texts
 
 
 def test_generation_without_a_text_decoder_is_one_line(lm):
