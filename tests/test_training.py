@@ -154,8 +154,7 @@ def run_cli(folder: Path, config: RunConfig, backbone_folder: Path, *flags: str,
 
 
 def test_two_processes_equal_one(folder, backbone_folder):
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    launch += ("--mixed_precision", "no", "--dynamo_backend", "no")
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2")  # accelerate's own launcher starts one on a CPU
     for name, prefix in (("one", ()), ("two", launch)):
         config = tiny_run(folder, output_folder=str(folder / name))
         process = run_cli(folder, config, backbone_folder, launch=prefix)
