@@ -59,9 +59,16 @@ class Prompt:
 
 @dataclass
 class TextPrompt:
-    """A question that the backbone is to continue: the prompt, and what the reasoner reads, which begin alike."""
+    """A question that the backbone is to continue.
+
+    Attributes:
+        token_ids: The prompt.
+        num_tail: How many tokens at its end stand behind the soft ones.
+        reading: What the reasoner reads; it may go on from the prompt without its tail.
+    """
 
     token_ids: list[int]
+    num_tail: int
     reading: Prompt
 
 
@@ -93,6 +100,8 @@ class Backbone:
 
     Attributes:
         model: The frozen model, in eval mode, without gradient.
+        encoder: The part of it that makes hidden states.
+        blocks: The layers of that part, if they stand in a list.
         tokenizer: Its tokenizer.
         layers: Hidden states read: 0 is the token embedding, `i` the output of block `i` (before any final norm).
         dim: Hidden size.
@@ -121,8 +130,8 @@ class Backbone:
             raise ValueError(f"backbone.layers={self.layers}: {name} has layers 0 to {self.num_layers}")
         encoder = model.get_encoder() if config.is_encoder_decoder else getattr(model, "base_model", model)
         self._short_encoder: nn.Module = _short_encoder(encoder, self.device)
-        self._encoder: nn.Module = encoder
-        self._has_blocks = _find_blocks(encoder, self.num_layers) is not None
+        self.encoder: nn.Module = encoder
+        self.blocks = _find_blocks(encoder, self.num_layers)
         for view in {encoder, self._short_encoder}:
             for layer, block in enumerate(_find_blocks(view, self.num_layers) or [], start=1):
                 block.register_forward_hook(partial(_keep, layer))
@@ -214,7 +223,7 @@ class Backbone:
     @property
     def num_block_parameters(self) -> int:
         """Parameters of the blocks that a pass runs: all of them up to the highest layer read."""
-        blocks = list(_find_blocks(self._encoder, self.num_layers) or [])[: max(self.layers)]
+        blocks = list(self.blocks or [])[: max(self.layers)]
         return sum(parameter.numel() for block in blocks for parameter in block.parameters())
 
     def fingerprint(self) -> dict[str, Any]:
@@ -256,24 +265,29 @@ class Backbone:
             if not text.strip():
                 raise ValueError(f"text {row} is empty: every example needs a question")
         encoded = self.tokenizer(joined, add_special_tokens=False)["input_ids"]
-        return [self._reading(self.special_prefix, ids, self._suffix, joined[row]) for row, ids in enumerate(encoded)]
+        separator = self._token_ids(ECHO_SEPARATOR) if self.template == "echo" else []
+        prompts = []
+        for row, ids in enumerate(encoded):
+            repeated = [*ids, *separator] if self.template == "echo" else []
+            start = len(self.special_prefix) + len(repeated)
+            token_ids = [*self.special_prefix, *repeated, *ids, *self._suffix]
+            self._check_length(token_ids, joined[row])
+            prompts.append(Prompt(token_ids, start, start + len(ids)))
+        return prompts
 
-    def _reading(self, before: Sequence[int], ids: Sequence[int], after: Sequence[int], text: str) -> Prompt:
-        """A text's tokens in the template, between special tokens; refused if too long."""
-        repeated = [*ids, *self._token_ids(ECHO_SEPARATOR)] if self.template == "echo" else []
-        start = len(before) + len(repeated)
-        token_ids = [*before, *repeated, *ids, *after]
+    def _check_length(self, token_ids: Sequence[int], text: str) -> None:
         if self.max_tokens is not None and len(token_ids) > self.max_tokens:
             raise ValueError(
                 f"the text {text[:40]!r}… has {len(token_ids)} tokens with template {self.template!r}, "
                 f"and {self.name} reads {self.max_tokens}: shorten it, use template 'plain', or a backbone with "
                 "a longer window"
             )
-        return Prompt(token_ids, start, start + len(ids))
 
     def _token_ids(self, text: str) -> list[int]:
         ids: Any = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return ids
+
+    # -- text to go on from ----------------------------------------------------------------------------------------
 
     def text_prompts(
         self, texts: Sequence[tuple[str | None, str]], suffix: str = "", chat: bool = False
@@ -283,37 +297,66 @@ class Backbone:
         Args:
             texts: (context, question) pairs.
             suffix: What follows the question in the prompt, such as a line `Answer:`.
-            chat: Put the question into the tokenizer's chat template, as what the user says.
+            chat: Put the question into the tokenizer's chat template, as what the user says; `suffix` follows it.
 
         Raises:
             ValueError: A text is empty or too long, or the tokenizer has no chat template.
         """
-        readings = self.prompts(texts)
-        if not chat:
-            after = self._token_ids(suffix)
-            return [TextPrompt([*self.special_prefix, *reading.memory_ids, *after], reading) for reading in readings]
+        before, after = self._chat_tokens() if chat else (self.special_prefix, [])
+        after = [*after, *self._token_ids(suffix)]
+        return [self._text_prompt([*before, *r.memory_ids, *after], len(after), r) for r in self.prompts(texts)]
+
+    def text_prompt_of_ids(self, token_ids: list[int], suffix: str = "") -> TextPrompt:
+        """A tokenised prompt; the reasoner reads the question in it, without chat template, special tokens, `suffix`.
+
+        Raises:
+            ValueError: Nothing is left to read.
+        """
+        marks = [(self.special_prefix, self._token_ids(suffix))]
+        if self.tokenizer.chat_template is not None:
+            before, after = self._chat_tokens()
+            marks = [(before, [*after, *marks[0][1]]), (before, after), *marks]
+        for before, after in marks:
+            stop = len(token_ids) - len(after)
+            if token_ids[: len(before)] == before and token_ids[stop:] == after:
+                return self._prompt_around(token_ids, token_ids[len(before) : stop], len(after))
+        start = len(self.special_prefix) if token_ids[: len(self.special_prefix)] == self.special_prefix else 0
+        text = str(self.tokenizer.decode(token_ids[start:]))
+        if suffix and text.endswith(suffix):  # its first letters may have become one token with the question's last
+            ids = self._token_ids(text.removesuffix(suffix))
+            shared = _num_shared(ids, token_ids[start:])
+            return self._prompt_around(token_ids, ids, len(token_ids) - start - shared)
+        return self._prompt_around(token_ids, token_ids[start:], 0)
+
+    def _prompt_around(self, token_ids: list[int], question: list[int], num_after: int) -> TextPrompt:
+        if not question:
+            raise ValueError("the prompt holds no question: give at least one token beside its padding and suffix")
+        repeated = [*question, *self._token_ids(ECHO_SEPARATOR)] if self.template == "echo" else []
+        start = len(self.special_prefix) + len(repeated)
+        reading = Prompt([*self.special_prefix, *repeated, *question, *self._suffix], start, start + len(question))
+        self._check_length(reading.token_ids, str(self.tokenizer.decode(question)))
+        return self._text_prompt(token_ids, num_after, reading)
+
+    def _text_prompt(self, token_ids: list[int], num_after: int, reading: Prompt) -> TextPrompt:
+        """A prompt whose soft tokens stand behind what it shares with the reading, or behind the question."""
+        self._check_length(token_ids, str(self.tokenizer.decode(reading.memory_ids)))
+        shared = _num_shared(token_ids[:-1], reading.token_ids)
+        goes_on = shared >= len(token_ids) - max(1, num_after)
+        return TextPrompt(token_ids, len(token_ids) - shared if goes_on else max(1, num_after), reading)
+
+    def _chat_tokens(self) -> tuple[list[int], list[int]]:
+        """What the chat template puts before and after what the user says."""
         if self.tokenizer.chat_template is None:
             raise ValueError(f"the tokenizer of {self.name} has no chat template: leave chat=False")
         mark = "\N{OBJECT REPLACEMENT CHARACTER}"
         said = [{"role": "user", "content": mark}]
         rendered = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        start, _, end = str(rendered).partition(mark)
-        before, after = self._token_ids(start), self._token_ids(f"{end}{suffix}")
-        return [
-            TextPrompt([*before, *ids, *after], self._reading(before, ids, [], "in the chat template"))
-            for ids in (reading.memory_ids for reading in readings)
-        ]
+        start, found, end = str(rendered).partition(mark)
+        if not found:
+            raise ValueError(f"the chat template of {self.name} drops what the user says: leave chat=False")
+        return self._token_ids(start), self._token_ids(end)
 
-    def text_prompt_of_ids(self, token_ids: list[int], suffix: str = "") -> TextPrompt:
-        """A tokenised prompt: the reasoner reads it without the special tokens before and the suffix behind it."""
-        before, after = self.special_prefix, self._token_ids(suffix)
-        start = len(before) if token_ids[: len(before)] == before else 0
-        stop = len(token_ids) - (len(after) if after and token_ids[-len(after) :] == after else 0)
-        ids = token_ids[start:stop]
-        if not ids:
-            raise ValueError("the prompt is empty: give at least one token that is not padding")
-        reading = self._reading(token_ids[:start], ids, [], str(self.tokenizer.decode(ids)))
-        return TextPrompt(token_ids, reading)
+    # -- vectors of short texts ------------------------------------------------------------------------------------
 
     def text_vectors(self, texts: Sequence[str]) -> Tensor:
         """Static vectors of short texts (options, field names): the mean of their token embeddings, float32.
@@ -386,7 +429,7 @@ class Backbone:
             Whether the blocks are compiled.
         """
         view: Any = self._short_encoder
-        if view is self._encoder:  # the model itself, which others may use too
+        if view is self.encoder:  # the model itself, which others may use too
             return False
         if getattr(view, "has_compiled_blocks", False):
             return True
@@ -427,9 +470,7 @@ class Backbone:
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
         _reading.layers, _reading.states, _reading.to_the_end = layers, {}, to_the_end
         try:
-            self._encoder(
-                input_ids=token_ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
-            )
+            self.encoder(input_ids=token_ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         except _ReachedHighestLayer:
             pass
         finally:
@@ -438,14 +479,14 @@ class Backbone:
 
     def _run_to(self, layers: list[int], token_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
         is_short = token_ids.shape[1] <= SHORT and self.device.type == "cpu"
-        encoder = self._short_encoder if is_short else self._encoder
+        encoder = self._short_encoder if is_short else self.encoder
         inputs = {"input_ids": token_ids, "attention_mask": mask}
-        if not self._has_blocks:  # no plain list of blocks: ask for every state
+        if self.blocks is None:  # no plain list of blocks: ask for every state
             output = encoder(**inputs, output_hidden_states=True)
             return [output.hidden_states[layer] for layer in layers]
         _reading.layers, _reading.states = layers, {}
         try:
-            encoder(**inputs, **({"use_cache": False} if self._encoder is not self.model else {}))
+            encoder(**inputs, **({"use_cache": False} if self.encoder is not self.model else {}))
         except _ReachedHighestLayer:
             pass
         finally:
@@ -470,6 +511,13 @@ def quick_hash(model: nn.Module) -> str:
         head = parameter.detach().flatten()[:64].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + head.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next(
+        (n for n, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), min(len(left), len(right))
+    )
 
 
 def length_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -149,7 +149,7 @@ class TextConfig:
 
     Args:
         enabled: Give the head a text decoder.
-        suffix: What follows the question in the prompt.
+        suffix: What follows the question in the prompt, unless it is a chat.
         chat: Put the question into the tokenizer's chat template; the model then writes the assistant's turn.
         answer: What is to be written, a format string over field names (`The answer is {answer}.`); `null` writes
             the answer, or `name: answer, …` where there are several fields. A row's own `answer_text` comes first.
@@ -362,6 +362,16 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self):
+        parts, writes = self.training.parts, self.text.enabled
+        _check(parts != [], "training.parts", parts, "at least one part, or null for all")
+        if parts is not None:
+            _check(self.training.start_from is not None, "training.start_from", None, "a head, whose other parts stay")
+            _check(writes or "text_decoder" not in parts, "text.enabled", writes, "true, to train its text_decoder")
+        if self.training.keep_loss_weight > 0:
+            trained = writes and (parts is None or "text_decoder" in parts)
+            _check(trained, "training.keep_loss_weight", self.training.keep_loss_weight, "0 without a text decoder")
 
 
 def _section(cls: type[BackboneConfig | AdapterConfig | ReasonerConfig | TextConfig], value: Any, name: str) -> Any:

@@ -259,7 +259,9 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     fields = tuple(Field(key, tuple(str(value).strip() for value in values)) for key, values in named.items())
     answers = tuple(_pick(field, answer[field.name]) for field in fields)
     words = row.get("answer_text")
-    return Example(context or None, question, fields, answers, _to_depth(row.get("depth")), name, words and str(words))
+    return Example(
+        context or None, question, fields, answers, _to_depth(row.get("depth")), name, str(words) if words else None
+    )
 
 
 def _pick(field: Field, value: Any) -> str:

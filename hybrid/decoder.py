@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hybrid.layers import rms_norm
 
-MIN_WEIGHT = 1e-6  # of a soft token in training: one that is not seen at all would get no gradient
+MIN_WEIGHT = 1e-4  # of a soft token in training: one that is not seen at all would get no gradient
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from hybrid.backbone import Backbone, TextPrompt, length_batches
 from hybrid.config import TextConfig
@@ -17,15 +17,18 @@ from hybrid.decoder import Field, FieldBatch
 from hybrid.inference import TOKEN_BUDGET, fields_asked, refine_rollouts
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
-from hybrid.soft_prompt import PromptPass, add_soft_tokens, next_token_logits, read_prompts
+from hybrid.soft_prompt import PromptPass, SoftTokens, add_soft_tokens, next_token_logits, read_prompts
+
+NUM_TOKENS = 64  # of a text, at most, unless its length is asked for
 
 
 @torch.inference_mode()
 def generate(
     model: HybridModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    inputs: Tensor | None = None,
     *,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     choices: Sequence[str] | None = None,
     fields: Sequence[Field] | None = None,
     max_steps: int | None = None,
@@ -37,13 +40,14 @@ def generate(
 ) -> Any:
     """Go on from tokenised prompts: `generate` of transformers, with the refined slots as soft tokens.
 
-    The prompt is read once, for the reasoner and for generation. Where it ends with the head's `text.suffix`, the
-    reasoner reads what comes before.
+    The prompt is read once, for the reasoner and for generation. Where it stands in the chat template, or ends with
+    the head's `text.suffix`, the reasoner reads the question alone.
 
     Args:
         model: A head with a text decoder.
-        input_ids: Prompts, padded on the left, (batch, tokens).
-        attention_mask: (batch, tokens); all ones by default.
+        inputs: Prompts, padded on the left, (batch, tokens); or give `input_ids`.
+        input_ids: Likewise.
+        attention_mask: (batch, tokens); by default, what is not the tokenizer's padding.
         choices: Options of a question with one answer; by default those of the head.
         fields: What is asked, when there are several answers.
         max_steps: Refinement steps at most.
@@ -58,19 +62,30 @@ def generate(
         What it returns: token ids of prompt and text, (batch × num_return_sequences, tokens).
 
     Raises:
-        ValueError: The head has no text decoder, or the prompts are empty or padded on the right.
+        ValueError: The head has no text decoder, or the prompts are empty, padded on the right, or end differently.
     """
     check_text_decoder(model)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if not bool(mask[:, -1].all()):
+    ids = inputs if input_ids is None else input_ids
+    if ids is None:
+        raise ValueError("no prompts: give input_ids, as the tokenizer returns them")
+    pad = model.backbone.tokenizer.pad_token_id
+    if attention_mask is None:
+        is_pad = pad is not None and pad != model.backbone.tokenizer.eos_token_id
+        attention_mask = ids.ne(pad).long() if is_pad else torch.ones_like(ids)
+    if not bool(attention_mask[:, -1].all()):
         raise ValueError("attention_mask ends with padding: tokenise prompts with padding_side='left'")
-    rows = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids, mask, strict=True)]
+    rows = [row[seen.bool()].tolist() for row, seen in zip(ids, attention_mask, strict=True)]
     prompts = [model.backbone.text_prompt_of_ids(row, model.config.text.suffix) for row in rows]
-    read, hidden_states, memory_mask = read_texts(model, prompts)
-    batch = model.field_batch([fields_asked(model, choices, fields)] * len(prompts))
-    choose = {"rollouts": rollouts, "pick": pick, "seed": seed, "max_steps": max_steps, "halting": halting}
-    refined = refine_rollouts(model, hidden_states, memory_mask, batch, **choose)
-    return write(model, prompts, read, refined.answer_latent, batch, **kwargs)
+    refinement: dict[str, Any] = {
+        "rollouts": rollouts,
+        "pick": pick,
+        "seed": seed,
+        "max_steps": max_steps,
+        "halting": halting,
+    }
+    asked = fields_asked(model, choices, fields)
+    read, soft = _read_and_refine(model, prompts, asked, width=ids.shape[1], **refinement)
+    return write(model, ids, attention_mask, read, soft, **kwargs)
 
 
 def generate_text(model: HybridModel, question: str, *, context: str | None = None, **kwargs: Any) -> str:
@@ -99,7 +114,9 @@ def generate_texts(
     stop: Sequence[str] | None = None,
     max_steps: int | None = None,
     halting: str | None = None,
-    max_new_tokens: int = 64,
+    rollouts: int = 1,
+    pick: str = "q",
+    seed: int = 0,
     **kwargs: Any,
 ) -> list[str]:
     """What the language model writes after each question, in batches of similar length.
@@ -114,24 +131,35 @@ def generate_texts(
         stop: Texts before which the answer ends.
         max_steps: Refinement steps at most.
         halting: `learned`, `convergence` or `never`.
-        max_new_tokens: Tokens to write at most.
-        **kwargs: As in `generate` of transformers.
+        rollouts: Noisy copies per question.
+        pick: How one copy is chosen, `q` or `vote`.
+        seed: Seed of the noise.
+        **kwargs: As in `generate` of transformers; 64 tokens at most, unless it is told.
+
+    Raises:
+        ValueError: The head has no text decoder, or several texts a question are asked for.
     """
     check_text_decoder(model)
+    if (kwargs.get("num_return_sequences") or 1) > 1 or kwargs.get("return_dict_in_generate"):
+        raise ValueError("one text a question is returned: use generate for num_return_sequences or a dictionary")
+    if not {"max_new_tokens", "max_length", "generation_config"} & set(kwargs):
+        kwargs["max_new_tokens"] = NUM_TOKENS
     asked = fields_asked(model, choices, fields)
     contexts = contexts if contexts is not None else [None] * len(questions)
-    all_prompts = text_prompts(model, list(zip(contexts, questions, strict=True)), chat)
-    tokenizer, texts = model.backbone.tokenizer, {}
+    all_prompts = text_prompts(model, list(zip(contexts, questions, strict=True)), chat) if questions else []
+    refinement: dict[str, Any] = {
+        "rollouts": rollouts,
+        "pick": pick,
+        "seed": seed,
+        "max_steps": max_steps,
+        "halting": halting,
+    }
+    criteria, texts = list(kwargs.pop("stopping_criteria", [])), {}
     for rows in length_batches([len(prompt.reading.token_ids) for prompt in all_prompts], TOKEN_BUDGET):
         prompts = [all_prompts[row] for row in rows]
-        read, hidden_states, memory_mask = read_texts(model, prompts)
-        batch = model.field_batch([asked] * len(rows))
-        refined = refine_rollouts(
-            model, hidden_states, memory_mask, batch, rollouts=1, max_steps=max_steps, halting=halting
-        )
-        stops = {"stopping_criteria": [_StopTexts(tokenizer, prompts, stop)]} if stop else {}
-        latent, length = refined.answer_latent, {"max_new_tokens": max_new_tokens}
-        written = write_texts(model, prompts, read, latent, batch, **length, **stops, **kwargs)
+        read, soft = _read_and_refine(model, prompts, asked, **refinement)
+        ends = [_StopTexts(model.backbone.tokenizer, prompts, stop)] if stop else []
+        written = write_texts(model, prompts, read, soft, **kwargs, stopping_criteria=[*criteria, *ends])
         texts |= dict(zip(rows, written, strict=True))
     return [_cut(texts[row], stop or ()) for row in range(len(questions))]
 
@@ -180,65 +208,70 @@ def text_prompts(
     return model.backbone.text_prompts(texts, suffix, chat)
 
 
-def read_texts(model: HybridModel, prompts: Sequence[TextPrompt]) -> tuple[PromptPass, Tensor, Tensor]:
+def read_texts(model: HybridModel, prompts: Sequence[TextPrompt], width: int = 0) -> tuple[PromptPass, Tensor, Tensor]:
     """One pass over some prompts: what generation goes on from, and hidden states and memory mask for the reasoner."""
-    read = read_prompts(model.backbone, prompts)
+    read = read_prompts(model.backbone, prompts, width=width)
     return read, *model.pad_states([prompt.reading.memory_ids for prompt in prompts], read.states)
 
 
+def _read_and_refine(
+    model: HybridModel, prompts: Sequence[TextPrompt], asked: Sequence[Field], width: int = 0, **refinement: Any
+) -> tuple[PromptPass, SoftTokens]:
+    read, hidden_states, memory_mask = read_texts(model, prompts, width)
+    batch = model.field_batch([asked] * len(prompts))
+    refined = refine_rollouts(model, hidden_states, memory_mask, batch, **refinement)
+    return read, soft_tokens(model, refined.answer_latent, batch)
+
+
+def soft_tokens(model: HybridModel, answer_latent: Tensor, fields: FieldBatch) -> SoftTokens:
+    """Soft tokens on the backbone's device and in its dtype; none, if none of them would be seen.
+
+    Args:
+        model: A head with a text decoder.
+        answer_latent: Of field and tape slots, (batch, slots, dim).
+        fields: What was asked.
+    """
+    assert model.text_decoder is not None
+    num_tape = answer_latent.shape[1] - fields.name_index.shape[1]
+    exists = torch.cat([fields.field_mask, fields.field_mask.new_ones(len(answer_latent), num_tape)], dim=1)
+    vectors, log_weights = model.text_decoder(answer_latent.to(model.device, model.dtype), exists)
+    num_kept = vectors.shape[1] if bool(log_weights.isfinite().any()) else 0
+    device = model.backbone.device
+    vectors = vectors[:, :num_kept].to(device, model.backbone.dtype)
+    return SoftTokens(vectors, log_weights[:, :num_kept].to(device), exists[:, :num_kept].to(device))
+
+
 def write(
-    model: HybridModel,
-    prompts: Sequence[TextPrompt],
-    read: PromptPass,
-    answer_latent: Tensor,
-    fields: FieldBatch,
-    **kwargs: Any,
+    model: HybridModel, input_ids: Tensor, attention_mask: Tensor, read: PromptPass, soft: SoftTokens, **kwargs: Any
 ) -> Any:
-    """`generate` of transformers, from prompts that were read and latents that were refined."""
+    """`generate` of transformers, from prompts that were read, behind soft tokens."""
     backbone = model.backbone
-    add_soft_tokens(backbone, read.cache, *_soft_tokens(model, answer_latent.to(model.device), fields))
     config = kwargs.get("generation_config") or backbone.model.generation_config
-    numbers = [kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
-    if (copies := max(number or 1 for number in numbers)) > 1:
-        read.cache.batch_repeat_interleave(copies)
-    reversed_ids = [torch.tensor(prompt.token_ids[::-1]) for prompt in prompts]
-    input_ids = nn.utils.rnn.pad_sequence(reversed_ids, batch_first=True).flip(1)
-    lengths = torch.tensor([len(ids) for ids in reversed_ids])
-    mask = torch.arange(input_ids.shape[1]) >= input_ids.shape[1] - lengths[:, None]
-    if config.pad_token_id is None and "pad_token_id" not in kwargs:  # what transformers takes, with a warning
-        end = kwargs.get("eos_token_id", config.eos_token_id)
-        kwargs["pad_token_id"] = end[0] if isinstance(end, list) else end
-    return backbone.model.generate(
+    if kwargs.get("use_cache", config.use_cache) is False:
+        raise ValueError("use_cache=False: the soft tokens lie in the cache; leave it out")
+    add_soft_tokens(backbone, read.cache, soft)
+    output = backbone.model.generate(
         input_ids=input_ids.to(backbone.device),
-        attention_mask=mask.long().to(backbone.device),
+        attention_mask=attention_mask.to(backbone.device),
         cache=read.cache,
         **kwargs,
     )
+    if not read.cache.was_read:
+        raise RuntimeError(f"{backbone.name} runs its blocks where soft tokens cannot be shown to it")
+    return output
 
 
 def write_texts(
-    model: HybridModel,
-    prompts: Sequence[TextPrompt],
-    read: PromptPass,
-    answer_latent: Tensor,
-    fields: FieldBatch,
-    **kwargs: Any,
+    model: HybridModel, prompts: Sequence[TextPrompt], read: PromptPass, soft: SoftTokens, **kwargs: Any
 ) -> list[str]:
     """What `write` adds to each prompt, as text without special tokens."""
-    output = write(model, prompts, read, answer_latent, fields, **kwargs)
-    start = max(len(prompt.token_ids) for prompt in prompts)
-    return [
-        text.strip() for text in model.backbone.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
-    ]
-
-
-def _soft_tokens(model: HybridModel, answer_latent: Tensor, fields: FieldBatch) -> tuple[Tensor, Tensor]:
-    """Soft tokens, in the backbone's dtype, and the logarithms of their weights."""
-    assert model.text_decoder is not None
-    num_tape = answer_latent.shape[1] - fields.name_index.shape[1]
-    slot_mask = torch.cat([fields.field_mask, fields.field_mask.new_ones(len(answer_latent), num_tape)], dim=1)
-    soft, log_weights = model.text_decoder(answer_latent, slot_mask)
-    return soft.to(model.backbone.dtype), log_weights
+    tokenizer, width = model.backbone.tokenizer, max(len(prompt.token_ids) for prompt in prompts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    missing = [width - len(prompt.token_ids) for prompt in prompts]
+    ids = torch.tensor([[pad] * number + prompt.token_ids for number, prompt in zip(missing, prompts, strict=True)])
+    mask = (torch.arange(width) >= torch.tensor(missing)[:, None]).long()
+    output = write(model, ids, mask, read, soft, **kwargs)
+    return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 
 
 # -- likelihoods ---------------------------------------------------------------------------------------------------
@@ -270,42 +303,40 @@ def text_log_likelihoods(
         halting: `learned`, `convergence` or `never`.
     """
     check_text_decoder(model)
+    if len(continuations) != len(texts):
+        raise ValueError(f"{len(texts)} texts and {len(continuations)} continuations: give one for each")
     asked = fields_asked(model, choices, fields)
-    all_prompts, tokenizer = text_prompts(model, texts, chat, suffix), model.backbone.tokenizer
-    encoded = tokenizer(list(continuations), add_special_tokens=False)["input_ids"]
+    all_prompts = text_prompts(model, texts, chat, suffix) if texts else []
+    encoded: Any = (
+        model.backbone.tokenizer(list(continuations), add_special_tokens=False)["input_ids"] if texts else []
+    )
     if not all(encoded):
         raise ValueError(f"continuation {encoded.index([])} is empty: its likelihood is not defined")
     found: dict[int, tuple[float, bool]] = {}
     for rows in length_batches([len(prompt.reading.token_ids) for prompt in all_prompts], TOKEN_BUDGET):
         with torch.inference_mode():
             prompts = [all_prompts[row] for row in rows]
-            read, hidden_states, memory_mask = read_texts(model, prompts)
-            batch = model.field_batch([asked] * len(rows))
-            refined = refine_rollouts(
-                model, hidden_states, memory_mask, batch, rollouts=1, max_steps=max_steps, halting=halting
-            )
-            latent = refined.answer_latent.to(model.device)
-            losses, greedy = continuation_losses(model, read, latent, batch, [encoded[row] for row in rows])
+            read, soft = _read_and_refine(model, prompts, asked, rollouts=1, max_steps=max_steps, halting=halting)
+            losses, greedy = continuation_losses(model, read, soft, [encoded[row] for row in rows])
         sums = -losses.sum(1)
         found |= {row: (float(sums[i]), bool(greedy[i])) for i, row in enumerate(rows)}
     return [found[row] for row in range(len(texts))]
 
 
 def continuation_losses(
-    model: HybridModel, read: PromptPass, answer_latent: Tensor, fields: FieldBatch, token_ids: Sequence[Sequence[int]]
+    model: HybridModel, read: PromptPass, soft: SoftTokens, token_ids: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
-    """Next-token loss of a continuation of each prompt, with gradient to the answer latent.
+    """Next-token loss of a continuation of each prompt, with gradient to the soft tokens.
 
     Returns:
         Losses in nats, zero at padding, (batch, tokens), and whether greedy decoding writes it, (batch,).
     """
     rows = [torch.tensor(ids, dtype=torch.long) for ids in token_ids]
-    labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(model.device)
-    soft, log_weights = _soft_tokens(model, answer_latent, fields)
-    logits = next_token_logits(model.backbone, read, soft, log_weights, labels.clamp(min=0)).float()
+    labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(model.backbone.device)
+    logits = next_token_logits(model.backbone, read, soft, labels.clamp(min=0)).float()
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     greedy = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
-    return losses.view_as(labels), greedy
+    return losses.view_as(labels).to(model.device), greedy.to(model.device)
 
 
 def answer_text_loss(
@@ -315,7 +346,7 @@ def answer_text_loss(
     prompts = text_prompts(model, [(example.context, example.question) for example in examples])
     read = read_prompts(model.backbone, prompts, with_states=False)
     token_ids = answer_token_ids(model, examples)
-    losses, greedy = continuation_losses(model, read, answer_latent, fields, token_ids)
+    losses, greedy = continuation_losses(model, read, soft_tokens(model, answer_latent, fields), token_ids)
     lengths = torch.tensor([len(ids) for ids in token_ids], device=losses.device)
     return losses.sum(1) / lengths, greedy
 
@@ -343,8 +374,11 @@ def answer_text(settings: TextConfig, example: Example) -> str:
         return listed if len(answers) > 1 else example.answers[0]
     try:
         return settings.answer.format_map(answers)
-    except KeyError as error:
-        raise ValueError(f"text.answer={settings.answer!r} names {error}: the fields are {list(answers)}") from None
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"text.answer={settings.answer!r} cannot be filled ({type(error).__name__}: {error}): the fields are "
+            f"{list(answers)}, each named in braces"
+        ) from None
 
 
 # -- texts that are to stay as they are ----------------------------------------------------------------------------
@@ -358,7 +392,9 @@ def own_texts(backbone: Backbone, number: int, num_tokens: int, seed: int, batch
         Token ids, `num_tokens` + 1 each, behind the special tokens that the model begins with.
     """
     model: Any = backbone.model
-    texts: list[list[int]] = []
+    config, texts = GenerationConfig(), []
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    config.update(**settings, num_beams=1, max_new_tokens=num_tokens, pad_token_id=0, eos_token_id=-1)  # no token ends
     with torch.random.fork_rng(devices=[] if backbone.device.type == "cpu" else [backbone.device]):
         torch.manual_seed(seed)
         first = torch.randint(len(backbone.tokenizer), (number,))
@@ -367,13 +403,7 @@ def own_texts(backbone: Backbone, number: int, num_tokens: int, seed: int, batch
             output = model.generate(
                 input_ids=prompts.to(backbone.device),
                 attention_mask=torch.ones_like(prompts).to(backbone.device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=num_tokens,
-                max_new_tokens=num_tokens,
-                pad_token_id=0,
+                generation_config=config,
             )
             texts += output.tolist()
     return texts
@@ -388,8 +418,7 @@ def keep_loss(model: HybridModel, texts: Sequence[list[int]], fields: Sequence[F
     prompts = [model.backbone.text_prompt_of_ids(text[:half]) for text in texts]
     read, hidden_states, memory_mask = read_texts(model, prompts)
     batch = model.field_batch([fields] * len(texts))
-    latent = refine_rollouts(model, hidden_states, memory_mask, batch, rollouts=1).answer_latent
-    losses, _ = continuation_losses(
-        model, read, latent.clone().to(model.device), batch, [text[half:] for text in texts]
-    )
+    refined = refine_rollouts(model, hidden_states, memory_mask, batch, rollouts=1)
+    latent = refined.answer_latent.clone()  # made in inference mode; its copy may carry gradient
+    losses, _ = continuation_losses(model, read, soft_tokens(model, latent, batch), [text[half:] for text in texts])
     return losses.mean()

@@ -287,7 +287,14 @@ def answer_batch(
         pick: How one copy is chosen, `q` or `vote`.
         seed: Seed of the noise.
     """
-    from hybrid.generation import check_text_decoder, read_texts, text_prompts, write_texts  # built on this module
+    from hybrid.generation import (  # which builds on this module
+        NUM_TOKENS,
+        check_text_decoder,
+        read_texts,
+        soft_tokens,
+        text_prompts,
+        write_texts,
+    )
 
     form = read_schema(schema) if schema is not None else None
     if form is not None and (choices is not None or fields is not None):
@@ -318,11 +325,10 @@ def answer_batch(
             halting=halting,
             by_step=True,
         )
-        written = (
-            write_texts(model, prompts, read, refined.answer_latent, batch, max_new_tokens=64)
-            if read
-            else [None] * len(rows)
-        )
+        written: list[str | None] = [None] * len(rows)
+        if read is not None:
+            soft, greedy = soft_tokens(model, refined.answer_latent, batch), {"do_sample": False, "num_beams": 1}
+            written[:] = write_texts(model, prompts, read, soft, max_new_tokens=NUM_TOKENS, **greedy)
         answers.update((row, _read_answer(refined, i, asked, form, written[i])) for i, row in enumerate(rows))
     return [answers[row] for row in range(len(questions))]
 

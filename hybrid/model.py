@@ -169,8 +169,9 @@ class HybridModel(PreTrainedModel):
         )
         model = cls(config).attach_backbone(backbone)
         if model.text_decoder is not None:
-            weight = backbone.model.get_input_embeddings().weight
-            model.text_decoder.embedding_scale.copy_(weight.detach().float().pow(2).mean().sqrt())
+            embed = backbone.model.get_input_embeddings()  # which may scale its weight
+            vectors = embed(torch.arange(min(4096, embed.weight.shape[0]), device=backbone.device))
+            model.text_decoder.embedding_scale.copy_(vectors.detach().float().pow(2).mean().sqrt())
         return model
 
     @property
@@ -288,19 +289,17 @@ class HybridModel(PreTrainedModel):
     # -- parameters ------------------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> dict[str, int]:
-        """Trainable parameters by part; they add up to all of them."""
-        parts = self.named_children()
-        groups = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts}
-        total = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        """Parameters by part; they add up to all of them."""
+        groups = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        total = sum(p.numel() for p in self.parameters())
         assert sum(groups.values()) == total, f"groups {groups} do not add up to {total}"
         return groups
 
     def print_trainable_parameters(self) -> None:
         """Print counts in PEFT's format, then by part."""
-        trainable = sum(self.parameter_groups().values())
-        frozen = sum(p.numel() for p in self.backbone.model.parameters())
-        share = 100 * trainable / (trainable + frozen)
-        print(f"trainable params: {trainable:,} || all params: {trainable + frozen:,} || trainable%: {share:.4f}")
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in (*self.parameters(), *self.backbone.model.parameters()))
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
         print(" || ".join(f"{name}: {count:,}" for name, count in self.parameter_groups().items()))
 
     # -- inputs ----------------------------------------------------------------------------------------------------
@@ -441,11 +440,11 @@ class HybridModel(PreTrainedModel):
 
         return answer(self, question, **kwargs)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Go on from tokenised prompts; see `hybrid.generation.generate`, where this is written."""
         from hybrid.generation import generate
 
-        return generate(self, input_ids, attention_mask, **kwargs)
+        return generate(self, inputs, **kwargs)
 
     def generate_text(self, question: str, **kwargs: Any) -> str:
         """Text in, text out; see `hybrid.generation.generate_text`, where this is written."""

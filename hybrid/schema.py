@@ -78,7 +78,7 @@ class Form:
         if self.model is None:
             return value
         try:
-            return self.model.model_validate(value)
+            return self.model.model_validate_json(json.dumps(value))  # strict models take JSON's texts and lists
         except ValueError as error:
             reason = f"{self.model.__name__} refuses the answer {json.dumps(value, ensure_ascii=False)}: {error}"
             raise ValueError(reason) from error
@@ -90,12 +90,14 @@ def read_schema(schema: Any) -> Form:
     A boolean has the options `true` and `false`, an integer its digits, an absent value `null`.
 
     Args:
-        schema: A JSON schema as a mapping, or any class with Pydantic's `model_json_schema` and `model_validate`.
+        schema: A JSON schema as a mapping, or any class with Pydantic's `model_json_schema` and `model_validate_json`.
 
     Raises:
         ValueError: A part of the schema is no finite choice; the message names it and the fix.
     """
-    is_model = isinstance(schema, type) and hasattr(schema, "model_json_schema") and hasattr(schema, "model_validate")
+    is_model = (
+        isinstance(schema, type) and hasattr(schema, "model_json_schema") and hasattr(schema, "model_validate_json")
+    )
     root = schema.model_json_schema() if is_model else schema
     if not isinstance(root, Mapping):
         raise ValueError(f"schema={schema!r}: expected a Pydantic model, or a JSON schema as a mapping")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from hybrid.backbone import Backbone, load_backbone, native_dtype
 from hybrid.batches import EmbeddedExamples, common_choices, embed_examples, known_options
-from hybrid.config import ReasonerConfig, RecursionStage, RunConfig, TrainingConfig, to_plain
+from hybrid.config import HybridConfig, ReasonerConfig, RecursionStage, RunConfig, TrainingConfig, to_plain
 from hybrid.data import Example, data_fingerprint, load_examples
 from hybrid.decoder import FieldBatch
 from hybrid.evaluation import by_depth, run_steps, run_text
@@ -45,6 +45,7 @@ from hybrid.reasoner import ReasonerState, has_halted
 
 CHECKPOINT = "checkpoint.pt"
 MAX_WRITTEN = 200  # validation answers that are written in words at each evaluation
+START_FREE = {"dtype", "quantization", "max_steps", "halting", "convergence_tolerance", "dropout", "state_noise"}
 NUM_KEPT, KEPT_TOKENS, KEPT_ROWS = 256, 96, 4  # texts of the frozen model's own, their length, how many an update sees
 MASTERY_ROWS = 1000  # rows over which the curriculum follows the share of right answers
 MIN_PART = 16  # rows of a part below which matrix products get slow
@@ -211,7 +212,7 @@ class MasterWeights:
         """Everything needed to go on."""
         masters = [master.detach() for master in self.masters]
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {"masters": masters, "ema": self.ema, "optimizers": optimizers}
+        return {"masters": masters, "ema": self.ema, "optimizers": optimizers, "frozen": self.frozen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
@@ -219,6 +220,7 @@ class MasterWeights:
             torch._foreach_copy_([weight.detach() for weight in target], source)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        self.frozen = state.get("frozen", self.frozen)
         self._show(self.masters)
 
 
@@ -300,8 +302,6 @@ class Trainer:
         dtype = {"auto": native, "bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.precision]
         self.train, self.valid = train, valid
         self.model = model.to(accelerator.device)
-        for name, part in model.named_children():
-            part.requires_grad_(self.settings.parts is None or name in self.settings.parts)
         if accelerator.num_processes > 1:  # machines may differ in the last bit of what they embed or draw
             for tensor in (*model.parameters(), *model.buffers()):
                 torch.distributed.broadcast(tensor.data, 0)
@@ -328,7 +328,8 @@ class Trainer:
         self.kept: list[list[int]] = []
         if model.text_decoder is not None and self.settings.keep_loss_weight > 0:
             self.kept = own_texts(model.backbone, NUM_KEPT, KEPT_TOKENS, self.settings.seed)
-        self.num_updates, self.seconds, self.best_accuracy, self.num_bad = 0, 0.0, -1.0, 0
+        self.num_updates, self.seconds, self.num_bad = 0, 0.0, 0
+        self.best_score, self.best_accuracy = -1.0, 0.0  # the score counts answers that are right in words, too
         self.window: dict[str, float] = {}
         self.stop_requested, self.finished = False, False
 
@@ -401,7 +402,8 @@ class Trainer:
         """Add the gradient of leaving some of the frozen model's own texts as they are."""
         drawn = np.random.default_rng([self.settings.seed, 2, self.num_updates, self.accelerator.process_index])
         texts = [self.kept[row] for row in drawn.choice(len(self.kept), KEPT_ROWS, replace=False)]
-        loss = keep_loss(self.model, texts, self.train.examples[0].fields)
+        fields = self.train.examples[int(drawn.integers(len(self.train)))].fields
+        loss = keep_loss(self.model, texts, fields)
         weighted = self.settings.keep_loss_weight * loss
         self.weights.add_gradients(torch.autograd.grad(weighted, self.weights.parameters, allow_unused=True), 1.0)
         self._count({"keep_loss": float(loss)})
@@ -458,7 +460,7 @@ class Trainer:
     def _add_text_loss(self, output: Any, ending: Tensor, fields: FieldBatch, examples: Sequence[Example]) -> None:
         """Add the loss of writing the answer, for the rows whose refinement ends with this step."""
         numbers = ending.nonzero().squeeze(1)
-        losses, written = output.loss.new_zeros(1), torch.zeros(0)
+        losses, written = output.loss.new_zeros(1), torch.zeros(1)
         if len(numbers):
             latent = output.y[numbers, : self.model.num_answer_slots(fields)]
             chosen = [examples[number] for number in numbers.tolist()]
@@ -529,12 +531,12 @@ class Trainer:
                     chosen = range(0, len(self.valid), math.ceil(len(self.valid) / MAX_WRITTEN))
                     line["valid_written"] = float(run_text(self.model, self.valid, chosen).float().mean())
                 shown += f"  written {line['valid_written']:.3f}"
-                accuracy += line["valid_written"]
             self._write_log(line)
             tqdm.write(shown)
-            self.num_bad = 0 if accuracy > self.best_accuracy else self.num_bad + 1
-            if accuracy > self.best_accuracy:
-                self.best_accuracy = accuracy
+            score = accuracy + line.get("valid_written", 0.0)
+            self.num_bad = 0 if score > self.best_score else self.num_bad + 1
+            if score > self.best_score:
+                self.best_score, self.best_accuracy = score, accuracy
                 self.save_head("best")
             self.save_head("last")
         if self.any_process(self._out_of_patience()):
@@ -574,7 +576,9 @@ class Trainer:
             "data": data_fingerprint(self.train.examples),
             "num_updates": self.num_updates,
             "seconds": self.seconds,
+            "best_score": self.best_score,
             "best_accuracy": self.best_accuracy,
+            "buffers": {name: buffer.float() for name, buffer in self.model.named_buffers()},
             "num_bad": self.num_bad,
             "window": dict(zip([name for name, _ in window], totals.tolist(), strict=True)),
             "curriculum": {"level": self.curriculum.level, "mastery": self.curriculum.mastery},
@@ -596,6 +600,9 @@ class Trainer:
             raise ValueError("--resume: the training data have changed since the run was stopped; use a new folder")
         for name in ("num_updates", "seconds", "best_accuracy", "num_bad", "window"):
             setattr(self, name, checkpoint[name])
+        self.best_score = checkpoint.get("best_score", self.best_accuracy)
+        weights = {**checkpoint.get("buffers", {}), **checkpoint["weights"].get("frozen", {})}
+        self.model.load_state_dict(weights, strict=False)
         self.curriculum.level = checkpoint["curriculum"]["level"]
         self.curriculum.mastery = checkpoint["curriculum"]["mastery"]
         self.finished = self.num_updates >= self.settings.num_updates or self._out_of_patience()
@@ -641,12 +648,14 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that differ and would change the course of training."""
     free = {"output_folder", "eval_every", "save_every", "patience", "trackers", "gradient_accumulation_steps"}
     free |= {"learning_rate", "folder", "token_budget"}
+    default = to_plain(RunConfig())  # what a run of an older version had where it has nothing
     return [
         f"{section}.{key}"
         for section in ("backbone", "adapter", "reasoner", "text", "data", "features", "training")
         for key in now[section]
-        if section in before  # a section that a newer version adds is no difference
-        if key not in free and _without_nulls(before[section].get(key)) != _without_nulls(now[section][key])
+        if key not in free
+        and _without_nulls(before.get(section, {}).get(key, default[section][key]))
+        != _without_nulls(now[section][key])
     ]
 
 
@@ -692,9 +701,12 @@ def _disk_full_explained(path: Path) -> Generator[None]:
 
 
 def prepare(
-    config: RunConfig, accelerator: Accelerator, backbone: Backbone | None = None
+    config: RunConfig, accelerator: Accelerator, backbone: Backbone | None = None, resume: bool = False
 ) -> tuple[HybridModel, EmbeddedExamples, EmbeddedExamples]:
-    """Data, backbone, feature cache and a new head; cheap checks come first."""
+    """Data, backbone, feature cache and a new head; cheap checks come first.
+
+    With `resume`, the weights of `training.start_from` are left to the checkpoint.
+    """
     examples = {role: load_examples(config.data, role) for role in ("train", "valid")}
     if config.text.enabled:
         for example in (*examples["train"], *examples["valid"]):
@@ -711,7 +723,9 @@ def prepare(
         choices=common_choices(examples["train"]),
         license=config.data.license,
     )
-    if config.training.start_from is not None:
+    for name, part in model.named_children():
+        part.requires_grad_(config.training.parts is None or name in config.training.parts)
+    if config.training.start_from is not None and not resume:
         load_weights(model, Path(config.training.start_from))
     with accelerator.main_process_first():  # the others find the cache filled
         progress = accelerator.is_main_process
@@ -725,22 +739,20 @@ def load_weights(model: HybridModel, folder: Path) -> None:
     """Start a head from the weights of another; parts that the other lacks stay as they are.
 
     Raises:
-        ValueError: The folder is no head, or its parts have other shapes or options.
+        ValueError: The folder is no head, or one of another kind.
     """
     check_head_folder(folder)
-    options = json.loads((folder / "config.json").read_text())["known_options"]
-    if options != model.config.known_options:
-        raise ValueError(f"training.start_from={str(folder)!r} knows the options {options}, not those of the data")
-    weights, own = load_file(folder / "model.safetensors"), model.state_dict()
-    missing = {name.split(".")[0] for name in set(own) - set(weights)}
-    if missing & {name.split(".")[0] for name in weights} or set(weights) - set(own):
-        raise ValueError(f"training.start_from={str(folder)!r} has other parts: {sorted(set(own) ^ set(weights))[:3]}")
-    if other := [name for name in weights if weights[name].shape != own[name].shape]:
-        raise ValueError(
-            f"training.start_from={str(folder)!r}: {other[0]} is {tuple(weights[other[0]].shape)} there and "
-            f"{tuple(own[other[0]].shape)} here; use the same adapter and reasoner sections"
-        )
-    model.load_state_dict(own | weights)
+    other, own = HybridConfig.from_pretrained(folder).to_dict(), model.config.to_dict()
+    for section in ("backbone", "adapter", "reasoner"):
+        for key in own[section].keys() - START_FREE:
+            if other[section][key] != own[section][key]:
+                raise ValueError(
+                    f"training.start_from={str(folder)!r} has {section}.{key}={other[section][key]!r}, and this run "
+                    f"{own[section][key]!r}: use the same"
+                )
+    if other["known_options"] != own["known_options"]:
+        raise ValueError(f"training.start_from={str(folder)!r} was trained on other options than these data have")
+    model.load_state_dict(model.state_dict() | load_file(folder / "model.safetensors"))
 
 
 def _sample_states(model: HybridModel, train: EmbeddedExamples, seed: int) -> Tensor:
@@ -802,7 +814,7 @@ def train(config: RunConfig, resume: bool = False, backbone: Backbone | None = N
             "processes × training.gradient_accumulation_steps"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    model, train_examples, valid_examples = prepare(config, accelerator, backbone)
+    model, train_examples, valid_examples = prepare(config, accelerator, backbone, resume)
     if accelerator.is_main_process:
         model.print_trainable_parameters()
         (folder / "run.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))

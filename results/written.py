@@ -143,8 +143,10 @@ def silent(model: HybridModel) -> Any:
     gate: Any = model.text_decoder.gate  # ty: ignore[unresolved-attribute]
     kept = {name: value.clone() for name, value in gate.state_dict().items()}
     gate.load_state_dict({name: torch.zeros_like(value) for name, value in kept.items()})
-    yield
-    gate.load_state_dict(kept)
+    try:
+        yield
+    finally:
+        gate.load_state_dict(kept)
 
 
 def table(results: dict[str, Any]) -> str:

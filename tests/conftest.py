@@ -38,6 +38,7 @@ from hybrid.config import (
     FeatureConfig,
     ReasonerConfig,
     RunConfig,
+    TextConfig,
     TrainingConfig,
 )
 from hybrid.data import Example
@@ -191,7 +192,7 @@ def embedded(backbone, examples, tmp_path):
     return embed_examples(FeatureConfig(folder=str(tmp_path)), backbone, {"train": examples}, progress=False)["train"]
 
 
-def tiny_run(folder: Path, **training) -> RunConfig:
+def tiny_run(folder: Path, text: TextConfig | None = None, **training) -> RunConfig:
     """A run of a few updates in float32."""
     numbers = {
         "output_folder": str(folder / "run"), "num_updates": 12, "batch_size": 8, "learning_rate": 1e-3,
@@ -200,6 +201,7 @@ def tiny_run(folder: Path, **training) -> RunConfig:
     return RunConfig(
         backbone=BackboneConfig(name_or_path="tiny-llama"),
         reasoner=tiny_reasoner(),
+        text=text or TextConfig(),
         data=DataConfig(path=str(folder / "data.jsonl"), choices=list(CHOICES)),
         features=FeatureConfig(folder=str(folder / "features")),
         training=TrainingConfig(**(numbers | training)),

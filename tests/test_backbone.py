@@ -20,7 +20,7 @@ def test_states_are_those_of_transformers(any_backbone):
     for prompt, state in zip(prompts, states, strict=True):
         ids = torch.tensor([prompt.token_ids])
         with torch.no_grad():
-            expected = any_backbone._encoder(input_ids=ids, output_hidden_states=True).hidden_states
+            expected = any_backbone.encoder(input_ids=ids, output_hidden_states=True).hidden_states
         memory = slice(prompt.memory_start, prompt.memory_stop)
         for index, layer in enumerate([1, 2]):
             torch.testing.assert_close(state[:, index], expected[layer][0, memory], rtol=1e-4, atol=1e-5)
@@ -91,7 +91,7 @@ def test_threads_read_the_same_model_at_once_at_their_own_layers(backbone):
 
 def test_short_and_long_texts_give_the_same_states(any_backbone, monkeypatch):
     prompts = any_backbone.prompts(TEXTS)
-    if any_backbone._encoder.config._attn_implementation == "sdpa":
+    if any_backbone.encoder.config._attn_implementation == "sdpa":
         assert any_backbone._short_encoder.config._attn_implementation == "eager"
     short = any_backbone.hidden_states(prompts)
     monkeypatch.setattr("hybrid.backbone.SHORT", 0)

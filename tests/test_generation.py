@@ -7,7 +7,19 @@ import dataclasses
 import pytest
 import torch
 from conftest import CHOICES, chain_examples, chatty_llama, open_gate, tiny_reasoner, word_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from hybrid.backbone import Backbone
 from hybrid.config import BackboneConfig, TextConfig
@@ -15,12 +27,16 @@ from hybrid.decoder import Field
 from hybrid.generation import (
     answer_text,
     answer_text_loss,
+    continuation_losses,
     generate_texts,
     read_texts,
+    soft_tokens,
     text_log_likelihoods,
     text_prompts,
 )
+from hybrid.inference import refine
 from hybrid.model import HybridModel
+from hybrid.soft_prompt import SoftTokens, next_token_logits, read_prompts
 
 QUESTIONS = ["A is left of B . B is left of C . Where is A relative to C ?", "C is above D . Where is C ?"]
 GREEDY = {"do_sample": False, "max_new_tokens": 10}
@@ -29,6 +45,20 @@ GREEDY = {"do_sample": False, "max_new_tokens": 10}
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=128))
+
+
+def tiny_opt() -> OPTForCausalLM:
+    """A model whose language-model head runs the blocks past its base model."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=128, word_embed_proj_dim=32))
+
+
+def tiny_gemma() -> GemmaForCausalLM:
+    """A model that scales its token embeddings."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    return GemmaForCausalLM(GemmaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8))
 
 
 def writer(template: str = "echo", suffix: str = " is", language_model=None, **text) -> HybridModel:
@@ -78,14 +108,116 @@ def test_untrained_head_writes_what_the_language_model_writes(template, suffix, 
     assert not torch.equal(open_gate(model).generate(**inputs, **how), alone)
 
 
-def test_other_architectures_see_soft_tokens_too():
-    model = writer(language_model=tiny_gpt2())
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_opt, tiny_gemma])
+def test_other_architectures_write_what_they_are_trained_to(make):
+    model = writer(language_model=make())
     inputs = tokens(model)
     alone = model.backbone.model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY), alone)
-    assert text_log_likelihoods(open_gate(model), [(None, QUESTIONS[0])], [" left"]) != text_log_likelihoods(
-        writer(language_model=tiny_gpt2()), [(None, QUESTIONS[0])], [" left"]
-    )
+    written = open_gate(model).generate_text(QUESTIONS[0], max_new_tokens=5, do_sample=False)
+    # Generation sees soft tokens through a hook, the loss through its own mask: both find the same text likeliest.
+    ids = model.generate(**tokens(model, QUESTIONS[:1]), max_new_tokens=5, do_sample=False)[0, -5:].tolist()
+    prompts = text_prompts(model, [(None, QUESTIONS[0])])
+    read, states, mask = read_texts(model, prompts)
+    batch = model.field_batch([[Field("answer", CHOICES)]])
+    soft = soft_tokens(model, refine(model, states, mask, batch).answer_latent.clone(), batch)
+    with torch.no_grad():
+        assert continuation_losses(model, read, soft, [ids])[1][0], written
+
+
+def test_weights_multiply_the_attention_that_soft_tokens_get():
+    """A weight of 2 counts a soft token twice."""
+    model = writer()
+    prompts = text_prompts(model, [(None, QUESTIONS[0])])
+    vectors, ids = torch.randn(1, 1, 32), torch.tensor([[6, 7, 8]])
+    logits = []
+    for twice, weight in ((False, 2.0), (True, 1.0)):
+        number = 2 if twice else 1
+        read = read_prompts(model.backbone, prompts, with_states=False)
+        read_twin = SoftTokens(
+            vectors.expand(-1, number, -1), torch.full((1, number), weight).log(), torch.ones(1, number).bool()
+        )
+        if twice:  # twins that do not see each other are one soft token counted twice
+            read_twin.exists[:] = False
+        with torch.no_grad():
+            logits.append(next_token_logits(model.backbone, read, read_twin, ids))
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
+
+
+def test_untrained_head_changes_nothing_in_bfloat16_either():
+    model = writer(language_model=chatty_llama().bfloat16()).bfloat16()
+    inputs = tokens(model)
+    alone = model.backbone.model.generate(**inputs, do_sample=False, max_new_tokens=30)
+    assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=30), alone)
+
+
+def test_what_cannot_be_shown_soft_tokens_is_refused():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    mistral = MistralConfig(**sizes, intermediate_size=48, num_key_value_heads=2, sliding_window=4)
+    with pytest.raises(ValueError, match=r"some of its layers have sliding_attention: leave text\.enabled=false"):
+        writer(language_model=MistralForCausalLM(mistral))
+    bloom = BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4)
+    with pytest.raises(ValueError, match="takes no position_ids"):
+        writer(language_model=BloomForCausalLM(bloom))
+
+
+def test_fields_that_do_not_exist_say_nothing():
+    model, examples = open_gate(writer()), chain_examples(2)
+    read = [(example.context, example.question) for example in examples]
+    losses = []
+    for width in (1, 4):
+        batch = model.field_batch([example.fields for example in examples], num_fields=width)
+        latent = refine(model, *model.embed(read), batch).answer_latent
+        with torch.no_grad():
+            losses.append(answer_text_loss(model, latent, batch, examples)[0])
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_keep_the_width_and_the_padding_that_they_came_with():
+    model = writer()
+    tokenizer = model.backbone.tokenizer
+    texts = [f"{question} is" for question in QUESTIONS]
+    encoded = tokenizer(texts, return_tensors="pt", padding="max_length", max_length=30)
+    ids = encoded["input_ids"]
+    alone = model.backbone.model.generate(input_ids=ids, attention_mask=encoded["attention_mask"], **GREEDY)
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=encoded["attention_mask"], **GREEDY), alone)
+    assert torch.equal(model.generate(ids, **GREEDY)[:, 30:], alone[:, 30:])  # the mask is found as transformers does
+    model.config.text.suffix = " is the"
+    mixed = tokenizer([f"{texts[0]} the", QUESTIONS[1]], return_tensors="pt", padding=True)["input_ids"]
+    with pytest.raises(ValueError, match="end differently"):
+        model.generate(mixed)
+
+
+def test_generation_settings_of_model_and_caller_meet_as_in_transformers():
+    model = writer()
+    inputs = tokens(model)
+    model.backbone.model.generation_config.num_beams = 3
+    try:
+        for how in ({"max_new_tokens": 6}, {"generation_config": GenerationConfig(max_new_tokens=6, do_sample=False)}):
+            alone = model.backbone.model.generate(**inputs, **how)
+            assert torch.equal(model.generate(**inputs, **how), alone)
+    finally:
+        model.backbone.model.generation_config.num_beams = 1
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(**inputs, use_cache=False)
+    with pytest.raises(ValueError, match="one text a question"):
+        model.generate_text(QUESTIONS[0], num_return_sequences=2)
+    short = model.generate_text(QUESTIONS[0], generation_config=GenerationConfig(max_new_tokens=2, do_sample=False))
+    assert len(short.split()) <= 2
+    assert generate_texts(model, []) == [] == text_log_likelihoods(model, [], [])
+
+
+def test_suffix_is_found_where_it_became_one_token_with_the_question():
+    model = writer(suffix=" A")
+    tokenizer = model.backbone.tokenizer
+    (prompt,) = text_prompts(model, [(None, "Where is B")])
+    assert model.backbone.text_prompt_of_ids(prompt.token_ids, " A").reading == prompt.reading
+    tokenizer.add_tokens(["B A"])  # a tokeniser that joins what meets at the border
+    ids = tokenizer("Where is B A")["input_ids"]
+    assert len(ids) == 3
+    found = model.backbone.text_prompt_of_ids(ids, " A")
+    assert (found.num_tail, found.reading) == (1, prompt.reading)
 
 
 def test_no_token_of_the_prompt_is_computed_twice(monkeypatch):
@@ -93,7 +225,7 @@ def test_no_token_of_the_prompt_is_computed_twice(monkeypatch):
     model = open_gate(writer("echo", " is"))
     seen = {1: 0, 3: 0}  # tokens that reach each block
     for layer in seen:
-        block = model.backbone._encoder.layers[layer - 1]
+        block = model.backbone.encoder.layers[layer - 1]
         block.register_forward_pre_hook(
             lambda module, args, layer=layer: seen.update({layer: seen[layer] + args[0].shape[1]})
         )
@@ -183,8 +315,18 @@ def test_chat_template_is_respected():
     (prompt,) = text_prompts(model, [(None, QUESTIONS[1])], chat=True)
     words = model.backbone.tokenizer.decode(prompt.token_ids).split()
     assert words[0] == "says" and words[-2:] == [".", "the"]
-    assert model.backbone.tokenizer.decode(prompt.reading.memory_ids) == QUESTIONS[1]
-    assert isinstance(model.generate_text(QUESTIONS[1], chat=True, **GREEDY), str)
+    (plain,) = text_prompts(model, [(None, QUESTIONS[1])])
+    assert prompt.reading == plain.reading  # the reasoner reads what it was trained on
+    ids = torch.tensor([prompt.token_ids])
+    text = model.generate_text(QUESTIONS[1], chat=True, **GREEDY)
+    new = model.generate(ids, **GREEDY)[0, ids.shape[1] :]
+    assert model.backbone.tokenizer.decode(new, skip_special_tokens=True).strip() == text
+    model.config.text.chat = True
+    explained = model.answer(QUESTIONS[1], explain=True)
+    assert explained.probability == pytest.approx(model.answer(QUESTIONS[1]).probability, abs=1e-5)
+    model.backbone.tokenizer.chat_template = "says"
+    with pytest.raises(ValueError, match="drops what the user says"):
+        model.generate_text(QUESTIONS[0])
 
 
 def test_explained_answer_is_the_answer_with_text():
@@ -209,13 +351,13 @@ def test_what_cannot_be_done_is_said(model, any_backbone):
     able = writer()
     inputs = tokens(able)
     with pytest.raises(ValueError, match="padding_side='left'"):
-        able.generate(inputs["input_ids"].flip(1), inputs["attention_mask"].flip(1))
-    with pytest.raises(ValueError, match="the prompt is empty"):
+        able.generate(inputs["input_ids"].flip(1), attention_mask=inputs["attention_mask"].flip(1))
+    with pytest.raises(ValueError, match="the prompt holds no question"):
         able.generate(torch.tensor([[9]]))  # the suffix alone
     with pytest.raises(ValueError, match="continuation 0 is empty"):
         text_log_likelihoods(able, [(None, "A ?")], [""])
     if any_backbone.name in ("bert", "t5"):
-        with pytest.raises(ValueError, match="writes no text"):
+        with pytest.raises(ValueError, match="cannot serve a text decoder"):
             HybridModel.from_backbone(
                 any_backbone,
                 backbone_config=BackboneConfig(name_or_path=any_backbone.name),
@@ -231,5 +373,6 @@ def test_answer_in_words():
     assert answer_text(TextConfig(answer="no"), dataclasses.replace(example, answer_text="mine")) == "mine"
     two = dataclasses.replace(example, fields=(Field("P", "xy"), Field("Q", "xy")), answers=("x", "y"))
     assert answer_text(TextConfig(), two) == "P: x, Q: y"
-    with pytest.raises(ValueError, match=r"names 'R': the fields are \['P', 'Q'\]"):
-        answer_text(TextConfig(answer="{R}"), two)
+    for template in ("{R}", "{P", "{}", "{P.x}"):
+        with pytest.raises(ValueError, match=r"cannot be filled .*: the fields are \['P', 'Q'\]"):
+            answer_text(TextConfig(answer=template), two)

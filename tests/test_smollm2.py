@@ -45,7 +45,7 @@ def test_tokenizer_and_states_are_those_of_the_gguf(smollm2):
     ids = torch.tensor([prompt.token_ids])
     with torch.no_grad():
         expected = smollm2._short_encoder(ids, output_hidden_states=True).hidden_states
-        fused = smollm2._encoder(ids, output_hidden_states=True).hidden_states  # attention that rounds differently
+        fused = smollm2.encoder(ids, output_hidden_states=True).hidden_states  # attention that rounds differently
     for index, layer in enumerate([12, 20]):
         assert torch.equal(states[:, index], expected[layer][0, memory])
         similarity = torch.cosine_similarity(states[:, index].float(), fused[layer][0, memory].float(), dim=-1)

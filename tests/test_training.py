@@ -21,7 +21,7 @@ from conftest import chain_examples, chatty_llama, open_gate, tiny_reasoner, tin
 
 from hybrid.backbone import Backbone
 from hybrid.batches import EmbeddedExamples, known_options
-from hybrid.config import RecursionStage, RunConfig, TextConfig, to_plain
+from hybrid.config import RecursionStage, RunConfig, TextConfig, TrainingConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
 from hybrid.generation import keep_loss, own_texts
@@ -375,9 +375,61 @@ def test_text_decoder_learns_on_a_head_that_stays_as_it_was(folder):
     assert all(torch.equal(start[name], now[name]) for name in start)
 
 
+def test_text_run_resumes_without_the_head_that_it_started_from(folder, backbone):
+    first = train(tiny_run(folder, num_updates=4), backbone=backbone)
+
+    def run(name: str) -> RunConfig:
+        settings = {"start_from": str(first), "keep_loss_weight": 0.5, "parts": ["text_decoder"]}
+        return tiny_run(folder, TextConfig(enabled=True), output_folder=str(folder / name), **settings)
+
+    train(run("whole"), backbone=backbone)
+    update, count = Trainer.update, 0
+
+    def stops_after_six(trainer):
+        nonlocal count
+        count += 1
+        update(trainer)
+        trainer.stop_requested |= count == 6
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "update", stops_after_six)
+        assert train(run("stopped"), backbone=backbone) is None
+    shutil.rmtree(first)
+    train(run("stopped"), resume=True, backbone=backbone)
+    assert curve(folder / "stopped") == curve(folder / "whole")
+    whole, stopped = weights(folder / "whole" / "last"), weights(folder / "stopped" / "last")
+    assert all(torch.equal(stopped[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "enabled", "words"),
+    [
+        ({"parts": []}, True, "at least one part"),
+        ({"parts": ["text_decoder"]}, True, "training.start_from=None"),
+        ({"parts": ["text_decoder"], "start_from": "x"}, False, "text.enabled=False"),
+        ({"parts": ["reasoner"], "start_from": "x", "keep_loss_weight": 1.0}, True, "keep_loss_weight=1.0"),
+        ({"keep_loss_weight": 1.0}, False, "keep_loss_weight=1.0"),
+    ],
+)
+def test_parts_that_cannot_be_trained_are_refused(settings, enabled, words):
+    with pytest.raises(ValueError, match=words):
+        RunConfig(training=TrainingConfig(**settings), text=TextConfig(enabled=enabled))
+
+
+def test_checkpoint_of_an_older_version_goes_on(folder, backbone):
+    train(tiny_run(folder, num_updates=4), backbone=backbone)
+    path = folder / "run" / CHECKPOINT
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["config"]["text"], checkpoint["config"]["training"]["keep_loss_weight"]
+    torch.save(checkpoint, path)
+    config = tiny_run(folder, num_updates=4)
+    assert train(config, resume=True, backbone=backbone)
+    with pytest.raises(ValueError, match=r"'text\.enabled'"):
+        train(dataclasses.replace(config, text=TextConfig(enabled=True)), resume=True, backbone=backbone)
+
+
 def test_text_and_fields_are_learned_together(folder, backbone):
-    config = tiny_run(folder, num_updates=6)
-    config.text = TextConfig(enabled=True)
+    config = tiny_run(folder, TextConfig(enabled=True), num_updates=6)
     train(config, backbone=backbone)
     lines = curve(folder / "run")
     assert {"answer_loss", "text_loss", "written_right"} <= set(lines[0])
@@ -389,8 +441,7 @@ def test_own_texts_are_kept_as_they_are(folder):
     texts = own_texts(backbone, 5, 9, seed=1)
     assert own_texts(backbone, 5, 9, seed=1) == texts != own_texts(backbone, 5, 9, seed=2)
     assert {len(text) for text in texts} == {10}
-    config = tiny_run(folder, num_updates=4, keep_loss_weight=1.0)
-    config.text = TextConfig(enabled=True)
+    config = tiny_run(folder, TextConfig(enabled=True), num_updates=4, keep_loss_weight=1.0)
     best = train(config, backbone=backbone)
     assert all(line["keep_loss"] > 0 for line in curve(folder / "run") if "text_loss" in line)
     model = HybridModel.from_pretrained(best, backbone, dtype="float32").train()
@@ -419,7 +470,10 @@ def test_start_from_another_head_is_checked(folder, backbone):
     first = train(tiny_run(folder, num_updates=2), backbone=backbone)
     config = tiny_run(folder, num_updates=2, output_folder=str(folder / "other"), start_from=str(first))
     config.reasoner = tiny_reasoner(intermediate_size=32)
-    with pytest.raises(ValueError, match="use the same adapter and reasoner sections"):
+    with pytest.raises(ValueError, match=r"has reasoner.intermediate_size=48, and this run 32: use the same"):
+        train(config, backbone=backbone)
+    config.reasoner = tiny_reasoner(rotary=True)  # no weight has another shape
+    with pytest.raises(ValueError, match=r"has reasoner.rotary=False, and this run True"):
         train(config, backbone=backbone)
     config.training.start_from = str(folder)
     with pytest.raises(ValueError, match=r"has no config\.json"):
