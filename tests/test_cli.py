@@ -13,6 +13,7 @@ from test_training import write_data
 from hybrid.backbone import Backbone
 from hybrid.cli import main, run_config
 from hybrid.config import to_plain
+from hybrid.model import HybridModel
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -104,6 +105,28 @@ def test_ask_draws_the_trace(head, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "step  1  r1c1: " in output and f"written: {tmp_path / 'new' / 'trace.png'}" in output
     assert (tmp_path / "new" / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_and_generate(config_file, tmp_path, capsys):
+    main(["train", str(config_file), "--training.num_updates", "6", "--text.enabled", "true", "--text.suffix", " is"])
+    head, question = str(tmp_path / "run" / "best"), "A is left of B . Where is A relative to B ?"
+    capsys.readouterr()
+    main(["generate", head, question, "--max_new_tokens", "5"])
+    streamed = capsys.readouterr().out.strip()
+    assert streamed == HybridModel.from_pretrained(head).generate_text(question, max_new_tokens=5, do_sample=False)
+    main(["generate", head, question, "--max_new_tokens", "5", "--num_beams", "2"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    main(["generate", head, question, "--temperature", "0.7", "--choices", "left, right", "--steps", "1"])
+    main(["ask", head, question, "--explain"])
+    assert capsys.readouterr().out.splitlines()[-2].endswith("steps)")  # then what is written
+    assert "--max_new_tokens 0" in error_of(capsys, "generate", head, question, "--max_new_tokens", "0")
+    assert "--temperature 0.0" in error_of(capsys, "generate", head, question, "--temperature", "0")
+    assert "no chat template" in error_of(capsys, "generate", head, question, "--chat")
+
+
+def test_head_without_text_decoder_says_so(head, capsys):
+    assert "no text decoder" in error_of(capsys, "generate", head, "Where is A ?")
+    assert "no text decoder" in error_of(capsys, "ask", head, "Where is A ?", "--explain")
 
 
 @pytest.mark.parametrize(
