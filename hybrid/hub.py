@@ -25,7 +25,7 @@ from hybrid import HybridModel
 
 model = HybridModel.from_pretrained("{name}")
 print(model.answer("...", choices={choices}).value)
-```
+{generate}```
 
 One refinement step is {num_cycles} cycles of {num_latent_passes} + 1 passes; at most {max_steps} steps, halting
 `{halting}`. Written by hybrid {version}.
@@ -71,7 +71,9 @@ def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None
     path = folder / "results.json"
     results = results_table(json.loads(path.read_text())) if path.exists() else "Not evaluated yet."
     line = f"license: {license}\n" if license else ""
-    (folder / "README.md").write_text(CARD.format(name=folder.name, license_line=line, results=results, **facts))
+    generate = 'print(model.generate_text("..."))  # the language model, steered\n' if facts.pop("writes") else ""
+    text = CARD.format(name=folder.name, license_line=line, results=results, generate=generate, **facts)
+    (folder / "README.md").write_text(text)
 
 
 def upload_folder(folder: Path, repo_id: str, private: bool = False) -> str:

@@ -284,6 +284,7 @@ class HybridModel(PreTrainedModel):
             "max_steps": reasoner.max_steps,
             "halting": reasoner.halting,
             "version": self.config.hybrid_version,
+            "writes": self.text_decoder is not None,
         }
 
     # -- parameters ------------------------------------------------------------------------------------------------
