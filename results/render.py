@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+from written import table as written_table
+
 from hybrid.bench import markdown_table
 from hybrid.evaluation import accuracy_lines, harness_lines
 
@@ -31,6 +33,8 @@ def render(text: str) -> str:
                 body = f"`{results['command']}`, {results['device']}:\n\n{markdown_table(results)}\n"
             elif "compared" in results:
                 body = f"`{results['command']}`, scores with standard errors:\n\n{harness_lines(results)}\n"
+            elif "exact_match" in results:
+                body = f"`{results['command']}`, n and 95% intervals as shown:\n\n{written_table(results)}\n"
             else:
                 others = [json.loads((ROOT / name).with_name(other).read_text()) for other in more.split()]
                 body = f"`{results['command']}`, n and 95% intervals as shown:\n\n{accuracy_lines(results, *others)}\n"

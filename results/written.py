@@ -19,7 +19,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import peft
 import torch
 
 from hybrid.backbone import Backbone, length_batches
@@ -27,6 +26,7 @@ from hybrid.cli import run_config
 from hybrid.data import Example, load_examples
 from hybrid.evaluation import by_depth, provenance, write_results
 from hybrid.generation import answer_text, answer_token_ids, generate_texts, text_log_likelihoods, text_prompts
+from hybrid.lora import load_lora
 from hybrid.model import HybridModel
 
 TOKEN_BUDGET = 8192
@@ -87,8 +87,7 @@ def written(model: HybridModel, examples: Sequence[Example], lora: Path | None) 
             steered[row] = text
     yield "steered LLM", steered
     if lora is not None:
-        tuned: Any = peft.PeftModel.from_pretrained(model.backbone.model, lora).merge_and_unload()
-        yield "LoRA", continuations(Backbone(tuned, model.backbone.tokenizer, name="LoRA"), prompts, length)
+        yield "LoRA", continuations(load_lora(lora, model.config.backbone)[0], prompts, length)
 
 
 @torch.inference_mode()
