@@ -562,6 +562,13 @@ def command_release(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--questions", type=str, required=True, help="JSON Lines: question, and context, choices or fields (published)"
     )
+    parser.add_argument(
+        "--halting",
+        type=Literal["learned", "convergence", "never"] | None,
+        default=None,
+        help="how it halts by default, if not as it was trained",
+    )
+    parser.add_argument("--steps", type=int | None, default=None, help="its refinement steps at most, likewise")
     parsed = _parse(parser, arguments)
     import json
     from pathlib import Path
@@ -571,7 +578,9 @@ def command_release(arguments: Sequence[str]) -> None:
         raise ValueError(f"--questions {parsed.questions}: there is no such file")
     from hybrid.release import release
 
-    release(Path(parsed.head), Path(parsed.folder), [json.loads(line) for line in path.read_text().splitlines()])
+    questions = [json.loads(line) for line in path.read_text().splitlines()]
+    head, folder = Path(parsed.head), Path(parsed.folder)
+    release(head, folder, questions, halting=parsed.halting, max_steps=parsed.steps)
     print(f"released: {parsed.folder}")
 
 

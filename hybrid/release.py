@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ COPIED = ("run.yaml", "results.json", "results.png")
 
 
 def release(
-    head: Path, target: Path, questions: Sequence[Mapping[str, Any]], backbone: Backbone | None = None
+    head: Path,
+    target: Path,
+    questions: Sequence[Mapping[str, Any]],
+    backbone: Backbone | None = None,
+    *,
+    halting: str | None = None,
+    max_steps: int | None = None,
 ) -> None:
     """Copy a trained head in bfloat16, with its run, log, results and card, and record how it answers some questions.
 
@@ -32,9 +39,11 @@ def release(
         questions: Each with `question`, and optionally `context`, `choices`, or `fields` (name → options). They are
             published with the head, so they must not come from data that may not be.
         backbone: A loaded backbone to share.
+        halting: How the released head halts by default, if not as it was trained.
+        max_steps: Its refinement steps at most, likewise.
 
     Raises:
-        ValueError: `head` is no head, `target` exists, or a question cannot be asked.
+        ValueError: `head` is no head, `target` exists, a number is out of range, or a question cannot be asked.
     """
     check_head_folder(head)
     if target.exists():
@@ -42,6 +51,9 @@ def release(
     if not questions:
         raise ValueError("no questions: a release records how it answers some")
     model = HybridModel.from_pretrained(head, backbone, dtype=torch.bfloat16)
+    own = model.config.reasoner
+    changes: dict[str, Any] = {"halting": halting or own.halting, "max_steps": max_steps or own.max_steps}
+    model.config.reasoner = replace(own, **changes)
     expected = [{**question, **_recorded(_ask(model, question))} for question in questions]
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

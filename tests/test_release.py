@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hybrid.model import HybridModel
 from hybrid.release import differences, release
 
 QUESTIONS = [
@@ -52,3 +53,11 @@ def test_release_refuses_what_would_be_lost_or_empty(released, backbone, tmp_pat
         release(head, tmp_path / "new", [], backbone)
     with pytest.raises(ValueError, match="run: its head is"):
         release(tmp_path / "run", tmp_path / "new", QUESTIONS, backbone)
+
+
+def test_released_head_halts_as_it_is_told(released, backbone, tmp_path):
+    release(tmp_path / "run" / "best", tmp_path / "new", QUESTIONS, backbone, halting="never", max_steps=5)
+    assert [row["steps"] for row in json.loads((tmp_path / "new" / "expected.json").read_text())] == [5, 5, 5]
+    assert HybridModel.from_pretrained(tmp_path / "new", backbone).config.reasoner.max_steps == 5
+    with pytest.raises(ValueError, match="max_steps=-1"):
+        release(tmp_path / "run" / "best", tmp_path / "other", QUESTIONS, backbone, max_steps=-1)
