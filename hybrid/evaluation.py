@@ -254,9 +254,9 @@ def evaluate_head(
 
 
 def train_seconds(head: Path) -> float | None:
-    """Seconds of training, from the log of the run that wrote a head or an adapter, if it is still there."""
-    log = head.parent / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    """Seconds of training, from the log of the run, if it lies in the folder of a released head or above a run's."""
+    log = next((path for path in (head / "log.jsonl", head.parent / "log.jsonl") if path.exists()), None)
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log is not None else []
     return max((line["seconds"] for line in lines if "seconds" in line), default=None)
 
 
