@@ -170,7 +170,10 @@ def command_eval(arguments: Sequence[str]) -> None:
         "--baselines", type=str, default="", help="any of zero_shot,linear_probe,mlp_probe, to stand beside"
     )
     parser.add_argument(
-        "--output", type=str | None, default=None, help="result file; by default HEAD/results.json, and the card"
+        "--output",
+        type=str | None,
+        default=None,
+        help="result file; by default HEAD/results.json, and the card, but for a released head on other data",
     )
     parsed = _parse(parser, arguments)
     steps = _numbers("--steps", parsed.steps)
@@ -203,7 +206,12 @@ def command_eval(arguments: Sequence[str]) -> None:
             raise ValueError("--baselines stand beside a head: this folder holds a LoRA adapter")
         _evaluate_lora(folder, config, role, parsed, shlex.join(["hybrid", "eval", *arguments]))
         return
-    path = Path(parsed.output) if parsed.output else folder / "results.json"
+    own = folder / "results.json"
+    if (folder / "expected.json").exists() and (
+        parsed.data or parsed.max_examples
+    ):  # a released head keeps its figures
+        own = Path(f"{folder.name}_results.json")
+    path = Path(parsed.output) if parsed.output else own
     path.parent.mkdir(parents=True, exist_ok=True)
     probes = {"linear_probe": linear_probe, "mlp_probe": mlp_probe}
     roles = {role, "train"} if set(baselines) & set(probes) else {role}
@@ -235,6 +243,10 @@ def command_eval(arguments: Sequence[str]) -> None:
     if path == folder / "results.json":
         model.write_card(folder)
     print(accuracy_lines(results))
+    curve = ((row["steps"], row["by_depth"][-1]["accuracy"]) for row in results["accuracy_by_steps"])
+    print("all depths by steps: " + ", ".join(f"{number}: {accuracy:.3f}" for number, accuracy in curve))
+    for row in results.get("accuracy_by_rollouts_q", []):
+        print(f"{row['rollouts']} rollouts, the one that q believes in: {row['by_depth'][-1]['accuracy']:.3f}")
     print(f"mean steps {results['mean_steps_used']:.2f}; written: {path}, {path.with_suffix('.png')}")
 
 
@@ -283,10 +295,16 @@ def _config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
 
     `--split` takes a role (`valid` is the run's own validation split, which may be a slice) or the name of a split.
     """
+    from pathlib import Path
+
+    from hybrid.data import read_path
+
     config = _run_of_head(folder)
     config.data.path = parsed.data or config.data.path
     role = parsed.split if parsed.split in ("train", "valid", "test") else "test"
     config.data.test_split = config.data.test_split if parsed.split in (None, role) else parsed.split
+    if parsed.data and parsed.split is None and set(read_path(Path(parsed.data))) == {"train"}:
+        config.data.test_split = "train[:100%]"  # a file without splits is evaluated whole
     if parsed.max_examples is not None:
         if parsed.max_examples < 1:
             raise ValueError(f"--max_examples {parsed.max_examples}: expected a number > 0")
@@ -388,8 +406,9 @@ def command_generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--num_beams", type=int, default=1, help="beam search")
     parser.add_argument("--chat", type=bool | None, nargs="?", const=True, default=None, help="as a chat")
     parsed = _parse(parser, arguments)
-    if parsed.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens {parsed.max_new_tokens}: expected a number > 0")
+    for flag in ("max_new_tokens", "num_beams"):
+        if getattr(parsed, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(parsed, flag)}: expected a number > 0")
     if parsed.temperature is not None and parsed.temperature <= 0:
         raise ValueError(f"--temperature {parsed.temperature}: expected a number > 0; leave it out for greedy text")
     from transformers import TextStreamer

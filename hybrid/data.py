@@ -214,23 +214,34 @@ def _canonical_rows(config: DataConfig, rows: Rows) -> list[dict[str, Any]]:
 
 
 def _column_sources(config: DataConfig, present: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
-    """Find the source of each canonical column, a column or a format string, and the columns that it reads."""
+    """Find the source of each canonical column, a column or a format string, and the columns that it reads.
+
+    A file with none of the mapped columns is read in canonical ones.
+    """
     if unknown := sorted(set(config.column_mapping) - set(COLUMNS)):
         raise ValueError(f"data.column_mapping has {unknown}: the canonical columns are {list(COLUMNS)}")
+    read = {source: _columns_read(source) for source in config.column_mapping.values()}
+    is_canonical = not any(set(names) <= set(present) for names in read.values())
+    mapping = {} if is_canonical and {"question", "answer"} <= set(present) else config.column_mapping
     sources = {}
     for column in COLUMNS:
-        source = config.column_mapping.get(column, column)
-        parts = string.Formatter().parse(source) if "{" in source else [("", source)]
-        names = [re.split(r"[.\[]", part[1])[0] for part in parts if part[1]]
+        source = mapping.get(column, column)
+        names = _columns_read(source)
         missing = [name for name in names if name not in present]
         if not missing:
             sources[column] = source, names
         elif column in present:  # so that one config reads the Hub's columns and a local copy in canonical ones
             sources[column] = column, [column]
-        elif column in config.column_mapping or column in ("question", "answer"):
+        elif column in mapping or column in ("question", "answer"):
             hint = f"the columns are {sorted(present)}; name the right one in data.column_mapping"
             raise ValueError(f"{column!r} is to come from the column {missing[0]!r}: {hint}")
     return sources
+
+
+def _columns_read(source: str) -> list[str]:
+    """The columns that a source names: one, or those of a format string."""
+    parts = string.Formatter().parse(source) if "{" in source else [("", source)]
+    return [re.split(r"[.\[]", part[1])[0] for part in parts if part[1]]
 
 
 def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str) -> Example:

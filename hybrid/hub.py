@@ -23,7 +23,7 @@ where it is published.
 ```python
 from hybrid import HybridModel
 
-model = HybridModel.from_pretrained("{name}")
+model = HybridModel.from_pretrained("path/to/{name}")
 print(model.answer("...", choices={choices}).value)
 {generate}```
 

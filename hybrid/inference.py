@@ -351,7 +351,9 @@ def fields_asked(
         return tuple(fields)
     choices = choices if choices is not None else model.config.choices
     if choices is None:
-        raise ValueError("this head has no default choices: give choices=[...] or fields=[Field(name, options), ...]")
+        raise ValueError(
+            "this head has no default choices: give choices, fields or a schema (flags of `hybrid ask`, too)"
+        )
     return (Field("answer", choices),)
 
 

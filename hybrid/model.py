@@ -278,7 +278,7 @@ class HybridModel(PreTrainedModel):
             "layers": backbone.layers,
             "template": backbone.template,
             "num_parameters": sum(self.parameter_groups().values()),
-            "choices": self.config.choices or (self.config.known_options or ["yes", "no"])[:9],
+            "choices": self.config.choices or ["yes", "no"],
             "num_cycles": reasoner.num_cycles,
             "num_latent_passes": reasoner.num_latent_passes,
             "max_steps": reasoner.max_steps,

@@ -1,4 +1,4 @@
-"""Fill the tables of README.md from the result files: `python results/render.py` (`--check` only compares).
+"""Fill the tables of README.md and docs/ from the result files: `python results/render.py` (`--check` only compares).
 
 A table stands between `<!-- table: results/NAME/results.json other.json … -->` and `<!-- end -->`, other files of the
 same folder being baselines beside the head; an output copied from a run stands between
@@ -46,10 +46,8 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    rendered = render(readme.read_text())
-    if "--check" in sys.argv:
-        sys.exit(
-            rendered != readme.read_text() and "README.md is not what the result files say: run results/render.py"
-        )
-    readme.write_text(rendered)
+    for page in (ROOT / "README.md", ROOT / "docs" / "speed.md"):
+        rendered = render(page.read_text())
+        if "--check" in sys.argv and rendered != page.read_text():
+            sys.exit(f"{page.name} is not what the result files say: run results/render.py")
+        page.write_text(rendered)

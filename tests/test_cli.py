@@ -120,8 +120,29 @@ def test_train_and_generate(config_file, tmp_path, capsys):
     main(["ask", head, question, "--explain"])
     assert capsys.readouterr().out.splitlines()[-2].endswith("steps)")  # then what is written
     assert "--max_new_tokens 0" in error_of(capsys, "generate", head, question, "--max_new_tokens", "0")
+    assert "--num_beams 0" in error_of(capsys, "generate", head, question, "--num_beams", "0")
     assert "--temperature 0.0" in error_of(capsys, "generate", head, question, "--temperature", "0")
     assert "no chat template" in error_of(capsys, "generate", head, question, "--chat")
+
+
+def test_eval_of_a_released_head_on_a_file_of_ones_own(config_file, tmp_path, capsys, monkeypatch):
+    mapping = '{"context": "story", "answer": "label"}'  # of the source that the head was trained on, say
+    main(["train", str(config_file), "--training.num_updates", "2"])
+    head = tmp_path / "run" / "best"
+    run = yaml.safe_load((head / "run.yaml").read_text())
+    run["data"] |= {"column_mapping": json.loads(mapping), "train_depths": [1, 2]}
+    (head / "run.yaml").write_text(yaml.safe_dump(run))
+    (head / "expected.json").write_text("[]")
+    card = (head / "README.md").read_text()
+    rows = [{"context": "A is left of B .", "question": "Where is A ?", "answer": "left"}] * 3
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps(row | {"question": f"{n} ?"}) + "\n" for n, row in enumerate(rows))
+    )
+    monkeypatch.chdir(tmp_path)
+    main(["eval", str(head), "--data", "mine.jsonl", "--steps", "1,3"])
+    assert "all depths by steps: 1: " in capsys.readouterr().out
+    assert json.loads(Path("best_results.json").read_text())["accuracy_by_depth"][-1]["n"] == 3
+    assert not (head / "results.json").exists() and (head / "README.md").read_text() == card
 
 
 def test_head_without_text_decoder_says_so(head, capsys):
