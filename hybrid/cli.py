@@ -222,7 +222,13 @@ def command_eval(arguments: Sequence[str]) -> None:
     embedded = embed_examples(config.features, model.backbone, examples)
     source, seed = str(config.data.path or config.data.hub_id or config.data.reasoning_gym), config.training.seed
     figures = evaluate_head(model, embedded[role], steps)
+    reasoner, name = model.config.reasoner, {}
+    if reasoner.num_latent_passes == 0:
+        name = {"name": f"no recursion, {reasoner.num_layers} layers once"}
+    elif model.config.backbone.layers == [0]:
+        name = {"name": "no language model, tokens alone"}
     results: dict[str, Any] = {
+        **name,
         "split": getattr(config.data, f"{role}_split"),
         "data": source,
         "train_seconds": train_seconds(folder),
