@@ -123,7 +123,8 @@ def _rows(backbone: Backbone, examples: Sequence[Example]) -> list[dict[str, lis
     """Prompt and answer as token ids, with labels at the answer only."""
     pairs = [(example, *pair) for example in examples for pair in zip(example.fields, example.answers, strict=True)]
     prompts = backbone.tokenizer([answer_prompt(example, field) for example, field, _ in pairs])["input_ids"]
-    answers = backbone.tokenizer([f" {answer}" for *_, answer in pairs], add_special_tokens=False)["input_ids"]
+    texts, end = [f" {answer}" for *_, answer in pairs], backbone.tokenizer.eos_token or ""
+    answers = backbone.tokenizer([f"{text}{end}" for text in texts], add_special_tokens=False)["input_ids"]
     return [
         {
             "input_ids": [*prompt, *answer],
