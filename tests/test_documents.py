@@ -18,7 +18,7 @@ from hybrid.data import load_examples
 from hybrid.documents import TASKS, fields_of, is_document, load, load_sudoku, read_splits
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = "clutrr folio knights_knaves prontoqa proofwriter ruletaker stepgame sudoku".split()
+SHIPPED = "clutrr folio knights_knaves mini_sudoku prontoqa proofwriter ruletaker stepgame sudoku".split()
 
 
 class _Loader(yaml.SafeLoader):
@@ -103,11 +103,12 @@ def test_shipped_tasks_name_their_source(name):
     config = task_config(name)
     assert config["task"] == name and config["include"] == "_documents"
     data = config["dataset_kwargs"]["data"]
-    assert config["dataset_path"] == data["hub_id"] and "/" in data["hub_id"]
+    assert config["dataset_path"] == (data.get("hub_id") or data["reasoning_gym"])
+    assert "/" in data.get("hub_id", "/")
     DataConfig(**data)
     for path in (ROOT / "configs").glob(f"{name}_*.yaml"):  # what heads are trained with
         trained = yaml.safe_load(path.read_text())["data"]
-        for key in ("hub_id", "hub_config", "revision", "column_mapping", "choices"):
+        for key in ("hub_id", "reasoning_gym", "hub_config", "revision", "column_mapping", "choices"):
             assert data.get(key) == trained.get(key), key
 
 
