@@ -406,7 +406,7 @@ class Trainer:
         loss = keep_loss(self.model, texts, fields)
         weighted = self.settings.keep_loss_weight * loss
         self.weights.add_gradients(torch.autograd.grad(weighted, self.weights.parameters, allow_unused=True), 1.0)
-        self._count({"keep_loss": float(loss)})
+        self._count({"keep_loss": float(loss.detach())})
 
     def _parts(self, lengths: Sequence[int]) -> list[Tensor]:
         """The rows in parts of similar length, so that little padding is computed, the longest first.

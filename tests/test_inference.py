@@ -142,5 +142,5 @@ def test_bad_questions(model, arguments, message):
 
 def test_head_without_default_choices_asks_for_them(model):
     model.config.choices = None
-    with pytest.raises(ValueError, match="give choices="):
+    with pytest.raises(ValueError, match="give choices, fields or a schema"):
         model.answer(QUESTIONS[0])

@@ -172,7 +172,7 @@ def test_two_processes_equal_one(folder, backbone_folder):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_interrupted_runs_resume(folder, backbone, backbone_folder, how):
-    config = tiny_run(folder, num_updates=400, eval_every=400, save_every=4)
+    config = tiny_run(folder, num_updates=160, eval_every=160, save_every=4)
     process = run_cli(folder, config, backbone_folder)
     checkpoint = folder / "run" / CHECKPOINT
     deadline = time.monotonic() + 60
@@ -185,14 +185,14 @@ def test_killed_and_interrupted_runs_resume(folder, backbone, backbone_folder, h
         assert process.returncode == 0, errors
         assert "saved; go on with --resume" in output
     reached = torch.load(checkpoint, weights_only=True)["num_updates"]
-    assert 0 < reached < 400
-    config.training.num_updates = 400
+    assert 0 < reached < 160
+    config.training.num_updates = 160
     process = run_cli(folder, config, backbone_folder, "--resume")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert f"resumed after update {reached}" in output
     losses = {line["update"]: line["loss"] for line in curve(folder / "run") if "loss" in line}
-    whole = tiny_run(folder, num_updates=400, eval_every=400, output_folder=str(folder / "whole"))
+    whole = tiny_run(folder, num_updates=160, eval_every=160, output_folder=str(folder / "whole"))
     train(whole, backbone=backbone)
     expected = {line["update"]: line["loss"] for line in curve(folder / "whole") if "loss" in line}
     assert losses == pytest.approx(expected, rel=1e-4)
