@@ -93,7 +93,10 @@ def test_readme_example_runs_on_the_quickstart_head(tmp_path):
     code = "\n".join(blocks)
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert run.returncode == 0, run.stderr
-    value, _, steps = run.stdout.splitlines()[0].split()
+    lines = run.stdout.splitlines()
+    for path in ("mini_sudoku_smollm2/schema.txt", "stepgame_text_smollm2/example.txt"):
+        assert set((ROOT / "results" / path).read_text().splitlines()) <= set(lines)
+    value, _, steps = lines[1].split()
     assert value in "above below left right upper-left upper-right lower-left lower-right overlap".split()
     assert int(steps) >= 1
     ask = [sys.executable, "-m", "hybrid", "ask", str(head), "A is left of B. What is the relation of A to B?"]
