@@ -95,6 +95,19 @@ def _keep(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
             raise _ReachedHighestLayer
 
 
+@contextmanager
+def _kept_states(layers: Sequence[int], to_the_end: bool = False) -> Generator[dict[int, Tensor]]:
+    """Keep states of the forward pass within, by layer; it ends at the highest of them unless it is to run on."""
+    states: dict[int, Tensor] = {}
+    _reading.layers, _reading.states, _reading.to_the_end = layers, states, to_the_end
+    try:
+        yield states
+    except _ReachedHighestLayer:
+        pass
+    finally:
+        _reading.layers, _reading.states, _reading.to_the_end = (), {}, False
+
+
 class Backbone:
     """A frozen Hugging Face model and its tokenizer.
 
@@ -265,15 +278,16 @@ class Backbone:
             if not text.strip():
                 raise ValueError(f"text {row} is empty: every example needs a question")
         encoded = self.tokenizer(joined, add_special_tokens=False)["input_ids"]
-        separator = self._token_ids(ECHO_SEPARATOR) if self.template == "echo" else []
-        prompts = []
-        for row, ids in enumerate(encoded):
-            repeated = [*ids, *separator] if self.template == "echo" else []
-            start = len(self.special_prefix) + len(repeated)
-            token_ids = [*self.special_prefix, *repeated, *ids, *self._suffix]
-            self._check_length(token_ids, joined[row])
-            prompts.append(Prompt(token_ids, start, start + len(ids)))
-        return prompts
+        separator = self._token_ids(ECHO_SEPARATOR)
+        return [self._in_template(ids, separator, text) for ids, text in zip(encoded, joined, strict=True)]
+
+    def _in_template(self, ids: Sequence[int], separator: Sequence[int], text: str) -> Prompt:
+        """The tokens of a text in the template, between special tokens."""
+        repeated = [*ids, *separator] if self.template == "echo" else []
+        start = len(self.special_prefix) + len(repeated)
+        token_ids = [*self.special_prefix, *repeated, *ids, *self._suffix]
+        self._check_length(token_ids, text)
+        return Prompt(token_ids, start, start + len(ids))
 
     def _check_length(self, token_ids: Sequence[int], text: str) -> None:
         if self.max_tokens is not None and len(token_ids) > self.max_tokens:
@@ -331,10 +345,7 @@ class Backbone:
     def _prompt_around(self, token_ids: list[int], question: list[int], num_after: int) -> TextPrompt:
         if not question:
             raise ValueError("the prompt holds no question: give at least one token beside its padding and suffix")
-        repeated = [*question, *self._token_ids(ECHO_SEPARATOR)] if self.template == "echo" else []
-        start = len(self.special_prefix) + len(repeated)
-        reading = Prompt([*self.special_prefix, *repeated, *question, *self._suffix], start, start + len(question))
-        self._check_length(reading.token_ids, str(self.tokenizer.decode(question)))
+        reading = self._in_template(question, self._token_ids(ECHO_SEPARATOR), str(self.tokenizer.decode(question)))
         return self._text_prompt(token_ids, num_after, reading)
 
     def _text_prompt(self, token_ids: list[int], num_after: int, reading: Prompt) -> TextPrompt:
@@ -468,13 +479,9 @@ class Backbone:
             States of the new tokens at each of `layers`, (batch, new, backbone_dim).
         """
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
-        _reading.layers, _reading.states, _reading.to_the_end = layers, {}, to_the_end
-        try:
-            self.encoder(input_ids=token_ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
-        except _ReachedHighestLayer:
-            pass
-        finally:
-            states, _reading.layers, _reading.states, _reading.to_the_end = _reading.states, (), {}, False
+        inputs = {"input_ids": token_ids, "attention_mask": mask, "position_ids": positions}
+        with _kept_states(layers, to_the_end) as states:
+            self.encoder(**inputs, cache=cache, use_cache=True)
         return [states[layer] for layer in layers]
 
     def _run_to(self, layers: list[int], token_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -484,13 +491,8 @@ class Backbone:
         if self.blocks is None:  # no plain list of blocks: ask for every state
             output = encoder(**inputs, output_hidden_states=True)
             return [output.hidden_states[layer] for layer in layers]
-        _reading.layers, _reading.states = layers, {}
-        try:
+        with _kept_states(layers) as states:
             encoder(**inputs, **({"use_cache": False} if self.encoder is not self.model else {}))
-        except _ReachedHighestLayer:
-            pass
-        finally:
-            states, _reading.layers, _reading.states = _reading.states, (), {}
         return [states[layer] for layer in layers]
 
 

@@ -207,9 +207,8 @@ def command_eval(arguments: Sequence[str]) -> None:
         _evaluate_lora(folder, config, role, parsed, shlex.join(["hybrid", "eval", *arguments]))
         return
     own = folder / "results.json"
-    if (folder / "expected.json").exists() and (
-        parsed.data or parsed.max_examples
-    ):  # a released head keeps its figures
+    is_released = (folder / "expected.json").exists()
+    if is_released and (parsed.data or parsed.max_examples):  # it keeps its figures
         own = Path(f"{folder.name}_results.json")
     path = Path(parsed.output) if parsed.output else own
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -498,7 +497,7 @@ def command_harness(arguments: Sequence[str]) -> None:
     parser.add_argument("head", type=str | None, nargs="?", default=None, help="folder or Hub id of a head")
     parser.add_argument(
         "--tasks", type=str, required=True, help="names or patterns, separated by commas; shipped: stepgame, clutrr, "
-        "prontoqa, proofwriter, knights_knaves, ruletaker, folio, sudoku"
+        "prontoqa, proofwriter, knights_knaves, mini_sudoku, ruletaker, folio, sudoku"
     )  # fmt: skip
     parser.add_argument(
         "--model_args",

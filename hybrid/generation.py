@@ -17,7 +17,7 @@ from hybrid.decoder import Field, FieldBatch
 from hybrid.inference import TOKEN_BUDGET, fields_asked, refine_rollouts
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
-from hybrid.soft_prompt import PromptPass, SoftTokens, add_soft_tokens, next_token_logits, read_prompts
+from hybrid.soft_prompt import PromptPass, SoftTokens, add_soft_tokens, next_token_logits, pad_left, read_prompts
 
 NUM_TOKENS = 64  # of a text, at most, unless its length is asked for
 
@@ -76,15 +76,18 @@ def generate(
         raise ValueError("attention_mask ends with padding: tokenise prompts with padding_side='left'")
     rows = [row[seen.bool()].tolist() for row, seen in zip(ids, attention_mask, strict=True)]
     prompts = [model.backbone.text_prompt_of_ids(row, model.config.text.suffix) for row in rows]
-    refinement: dict[str, Any] = {
-        "rollouts": rollouts,
-        "pick": pick,
-        "seed": seed,
-        "max_steps": max_steps,
-        "halting": halting,
-    }
     asked = fields_asked(model, choices, fields)
-    read, soft = _read_and_refine(model, prompts, asked, width=ids.shape[1], **refinement)
+    read, soft = _read_and_refine(
+        model,
+        prompts,
+        asked,
+        ids.shape[1],
+        rollouts=rollouts,
+        pick=pick,
+        seed=seed,
+        max_steps=max_steps,
+        halting=halting,
+    )
     return write(model, ids, attention_mask, read, soft, **kwargs)
 
 
@@ -147,17 +150,12 @@ def generate_texts(
     asked = fields_asked(model, choices, fields)
     contexts = contexts if contexts is not None else [None] * len(questions)
     all_prompts = text_prompts(model, list(zip(contexts, questions, strict=True)), chat) if questions else []
-    refinement: dict[str, Any] = {
-        "rollouts": rollouts,
-        "pick": pick,
-        "seed": seed,
-        "max_steps": max_steps,
-        "halting": halting,
-    }
     criteria, texts = list(kwargs.pop("stopping_criteria", [])), {}
     for rows in length_batches([len(prompt.reading.token_ids) for prompt in all_prompts], TOKEN_BUDGET):
         prompts = [all_prompts[row] for row in rows]
-        read, soft = _read_and_refine(model, prompts, asked, **refinement)
+        read, soft = _read_and_refine(
+            model, prompts, asked, rollouts=rollouts, pick=pick, seed=seed, max_steps=max_steps, halting=halting
+        )
         ends = [_StopTexts(model.backbone.tokenizer, prompts, stop)] if stop else []
         written = write_texts(model, prompts, read, soft, **kwargs, stopping_criteria=[*criteria, *ends])
         texts |= dict(zip(rows, written, strict=True))
@@ -265,13 +263,11 @@ def write_texts(
     model: HybridModel, prompts: Sequence[TextPrompt], read: PromptPass, soft: SoftTokens, **kwargs: Any
 ) -> list[str]:
     """What `write` adds to each prompt, as text without special tokens."""
-    tokenizer, width = model.backbone.tokenizer, max(len(prompt.token_ids) for prompt in prompts)
+    tokenizer = model.backbone.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    missing = [width - len(prompt.token_ids) for prompt in prompts]
-    ids = torch.tensor([[pad] * number + prompt.token_ids for number, prompt in zip(missing, prompts, strict=True)])
-    mask = (torch.arange(width) >= torch.tensor(missing)[:, None]).long()
-    output = write(model, ids, mask, read, soft, **kwargs)
-    return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+    ids, mask = pad_left([prompt.token_ids for prompt in prompts], model.backbone.device, pad=pad)
+    output = write(model, ids, mask.long(), read, soft, **kwargs)
+    return [text.strip() for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)]
 
 
 # -- likelihoods ---------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def read_prompts(
         )
     heads = [prompt.token_ids[:-num_tail] for prompt in prompts]
     tails = torch.tensor([prompt.token_ids[-num_tail:] for prompt in prompts], device=backbone.device)
-    head_ids, head_mask = _pad_left(heads, width - num_tail, backbone.device)
+    head_ids, head_mask = pad_left(heads, backbone.device, width - num_tail)
     readings = [prompt.reading for prompt in prompts]
     goes_on = all(r.token_ids[: len(head)] == head for r, head in zip(readings, heads, strict=True))
     layers, cache = backbone.stored_layers if with_states and goes_on else [], SoftCache(head_mask)
@@ -119,10 +119,10 @@ def read_prompts(
         mask = torch.cat([head_mask, rest_mask.to(backbone.device)], dim=1)
         branch = copy.deepcopy(cache)
         rest_states = backbone.run_on(rest_ids.to(backbone.device), mask, branch, layers, to_the_end=False)
-    states = []
+    states, stacked = [], [torch.stack(part, dim=2) if part else None for part in (head_states, rest_states)]
     for row, (reading, head) in enumerate(zip(readings, heads, strict=True)):
-        parts = [torch.stack(head_states, dim=2)[row, head_ids.shape[1] - len(head) :]] if head_states else []
-        parts += [torch.stack(rest_states, dim=2)[row, : len(rest[row])]] if rest_states else []
+        places = slice(head_ids.shape[1] - len(head), None), slice(len(rest[row]))
+        parts = [part[row, place] for part, place in zip(stacked, places, strict=True) if part is not None]
         states.append(torch.cat(parts)[reading.memory_start : reading.memory_stop])
     return PromptPass(cache, tails, states)
 
@@ -204,10 +204,10 @@ def check_writes(backbone: Backbone) -> None:
         raise ValueError(f"{backbone.name} cannot serve a text decoder, as {reason}: leave text.enabled=false")
 
 
-def _pad_left(rows: Sequence[list[int]], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows padded on the left to `width`, at least, and which tokens exist."""
+def pad_left(rows: Sequence[list[int]], device: torch.device, width: int = 0, pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows padded on the left with `pad`, to `width` at least, and which tokens exist; (batch, tokens) each."""
     width = max(width, *(len(row) for row in rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.long, device=device)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], dtype=torch.long, device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 

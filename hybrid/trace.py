@@ -104,7 +104,11 @@ def _grid_block(grid: list[list[str]], step: int, cells: dict[str, str], changed
         "".join(f"[{cells[name]:>{width}}]" if name in changed else f" {cells[name]:>{width}} " for name in row)
         for row in grid
     ]
-    return [f"step {step}: {len(changed)} changed" if step > 1 else "step 1", *lines, ""]
+    return [_title(step, changed), *lines, ""]
+
+
+def _title(step: int, changed: set[str]) -> str:
+    return f"step {step}: {len(changed)} changed" if step > 1 else "step 1"
 
 
 def _side_by_side(blocks: list[list[str]], width: int, labels: Sequence[str] = ()) -> list[str]:
@@ -129,7 +133,7 @@ def _draw_grid(axis: Any, grid: list[list[str]], step: int, cells: dict[str, str
     axis.set_yticks([r + 0.5 for r in range(len(grid) - 1)], [])
     axis.grid(color="lightgray")
     axis.tick_params(length=0)
-    axis.set_title(f"step {step}: {len(changed)} changed" if step > 1 else "step 1", fontsize="small")
+    axis.set_title(_title(step, changed), fontsize="small")
 
 
 def _draw_curves(axis: Any, name: str, curves: dict[str, list[float]]) -> None:

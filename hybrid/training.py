@@ -325,9 +325,7 @@ class Trainer:
             self.settings.feature_noise,
         )
         self.in_threads = accelerator.device.type == "cpu" and not any(noise)
-        self.kept: list[list[int]] = []
-        if model.text_decoder is not None and self.settings.keep_loss_weight > 0:
-            self.kept = own_texts(model.backbone, NUM_KEPT, KEPT_TOKENS, self.settings.seed)
+        self.kept: list[list[int]] = []  # texts of the frozen model's own, written when the run begins
         self.num_updates, self.seconds, self.num_bad = 0, 0.0, 0
         self.best_score, self.best_accuracy = -1.0, 0.0  # the score counts answers that are right in words, too
         self.window: dict[str, float] = {}
@@ -337,7 +335,10 @@ class Trainer:
 
     def run(self) -> Path | None:
         """Train to the end, or until interrupted; returns the folder of the best head, `None` if interrupted."""
-        settings, start = self.settings, time.monotonic() - self.seconds
+        settings = self.settings
+        if settings.keep_loss_weight > 0 and not self.kept:
+            self.kept = own_texts(self.model.backbone, NUM_KEPT, KEPT_TOKENS, settings.seed)
+        start = time.monotonic() - self.seconds
         bar = tqdm(
             total=settings.num_updates,
             initial=self.num_updates,
@@ -513,8 +514,12 @@ class Trainer:
         """Accuracy of the EMA weights on the validation examples; the best head is saved."""
         if self.accelerator.is_main_process:
             max_steps = self.config.reasoner.max_steps  # whatever the stage: as the saved head will be used
+            written: dict[str, float] = {}
             with self.weights.averaged():
                 record = run_steps(self.model, self.valid, max_steps)
+                if self.model.text_decoder is not None:
+                    chosen = range(0, len(self.valid), math.ceil(len(self.valid) / MAX_WRITTEN))
+                    written["valid_written"] = float(run_text(self.model, self.valid, chosen).float().mean())
             halted = record.right_when_halted(max_steps)
             accuracy = float(halted.float().mean())
             depths = {str(row["depth"]): round(row["accuracy"], 4) for row in by_depth(halted, self.valid.examples)}
@@ -524,16 +529,14 @@ class Trainer:
                 "valid_accuracy": accuracy,
                 "valid_by_depth": depths,
                 "valid_steps": steps,
+                **written,
             }
             shown = f"update {self.num_updates}: validation accuracy {accuracy:.3f}  {depths}  steps {steps:.1f}"
-            if self.model.text_decoder is not None:
-                with self.weights.averaged():
-                    chosen = range(0, len(self.valid), math.ceil(len(self.valid) / MAX_WRITTEN))
-                    line["valid_written"] = float(run_text(self.model, self.valid, chosen).float().mean())
-                shown += f"  written {line['valid_written']:.3f}"
+            if written:
+                shown += f"  written {written['valid_written']:.3f}"
             self._write_log(line)
             tqdm.write(shown)
-            score = accuracy + line.get("valid_written", 0.0)
+            score = accuracy + written.get("valid_written", 0.0)
             self.num_bad = 0 if score > self.best_score else self.num_bad + 1
             if score > self.best_score:
                 self.best_score, self.best_accuracy = score, accuracy
@@ -578,6 +581,7 @@ class Trainer:
             "seconds": self.seconds,
             "best_score": self.best_score,
             "best_accuracy": self.best_accuracy,
+            "kept": self.kept,
             "buffers": {name: buffer.float() for name, buffer in self.model.named_buffers()},
             "num_bad": self.num_bad,
             "window": dict(zip([name for name, _ in window], totals.tolist(), strict=True)),
@@ -601,6 +605,7 @@ class Trainer:
         for name in ("num_updates", "seconds", "best_accuracy", "num_bad", "window"):
             setattr(self, name, checkpoint[name])
         self.best_score = checkpoint.get("best_score", self.best_accuracy)
+        self.kept = checkpoint.get("kept", [])
         weights = {**checkpoint.get("buffers", {}), **checkpoint["weights"].get("frozen", {})}
         self.model.load_state_dict(weights, strict=False)
         self.curriculum.level = checkpoint["curriculum"]["level"]

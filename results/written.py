@@ -24,10 +24,11 @@ import torch
 from hybrid.backbone import Backbone, length_batches
 from hybrid.cli import run_config
 from hybrid.data import Example, load_examples
-from hybrid.evaluation import by_depth, provenance, write_results
+from hybrid.evaluation import accuracy_lines, by_depth, provenance, write_results
 from hybrid.generation import answer_text, answer_token_ids, generate_texts, text_log_likelihoods, text_prompts
 from hybrid.lora import load_lora
 from hybrid.model import HybridModel
+from hybrid.soft_prompt import pad_left
 
 TOKEN_BUDGET = 8192
 PASSAGE = 400  # characters of a passage: half is read, half is predicted
@@ -95,10 +96,7 @@ def continuations(backbone: Backbone, prompts: Sequence[list[int]], length: int)
     """Greedy text after each prompt."""
     texts: dict[int, str] = {}
     for rows in length_batches([len(prompt) for prompt in prompts], TOKEN_BUDGET):
-        flipped = [torch.tensor(prompts[row][::-1]) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(flipped, batch_first=True).flip(1)
-        lengths = torch.tensor([len(row) for row in flipped])
-        mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+        ids, mask = pad_left([prompts[row] for row in rows], backbone.device)
         model: Any = backbone.model
         output = model.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=length, do_sample=False)
         found = backbone.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
@@ -150,18 +148,11 @@ def silent(model: HybridModel) -> Any:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown table of exact match by depth, and a line on the other texts."""
-    systems = results["exact_match"]
-    lines = ["| depth | n | " + " | ".join(system["name"] for system in systems) + " |"]
-    lines += ["|---|---|" + "---|" * len(systems)]
-    for rows in zip(*(system["accuracy_by_depth"] for system in systems), strict=True):
-        cells = [f"{row['accuracy']:.3f} ({row['interval'][0]:.3f}–{row['interval'][1]:.3f})" for row in rows]
-        lines.append(f"| {rows[0]['depth']} | {rows[0]['n']} | " + " | ".join(cells) + " |")
-    other = results["unrelated"]
-    lines.append(
-        f"\nPerplexity of {other['n']} unrelated passages: {other['perplexity_frozen']:.2f} frozen, "
+    other, exact = results["unrelated"], accuracy_lines(*results["exact_match"])
+    return (
+        f"{exact}\n\nPerplexity of {other['n']} unrelated passages: {other['perplexity_frozen']:.2f} frozen, "
         f"{other['perplexity_steered']:.2f} steered ({100 * other['change']:+.2f} %)."
     )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
