@@ -341,15 +341,14 @@ def answer_text_loss(
     """The loss of writing each example's answer, a mean over its tokens, and whether it would be written; (batch,)."""
     prompts = text_prompts(model, [(example.context, example.question) for example in examples])
     read = read_prompts(model.backbone, prompts, with_states=False)
-    token_ids = answer_token_ids(model, examples)
+    token_ids = answer_token_ids(model.backbone.tokenizer, model.config.text, examples)
     losses, greedy = continuation_losses(model, read, soft_tokens(model, answer_latent, fields), token_ids)
     lengths = torch.tensor([len(ids) for ids in token_ids], device=losses.device)
     return losses.sum(1) / lengths, greedy
 
 
-def answer_token_ids(model: HybridModel, examples: Sequence[Example]) -> list[list[int]]:
+def answer_token_ids(tokenizer: Any, settings: TextConfig, examples: Sequence[Example]) -> list[list[int]]:
     """Tokens of each example's answer in words, up to the end of the text."""
-    settings, tokenizer = model.config.text, model.backbone.tokenizer
     space = "" if settings.chat else " "
     texts = [f"{space}{answer_text(settings, example)}" for example in examples]
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []

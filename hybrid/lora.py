@@ -1,7 +1,8 @@
 """LoRA on the same language model: what one would do instead of a head.
 
 Nothing here is ours: `peft` adapts the model, the trainer of `transformers` trains it. Questions are asked as in
-`baselines.zero_shot`, and the loss is that of the answer's tokens (Hu et al. 2021, arXiv:2106.09685).
+`baselines.zero_shot`, or with `text.enabled` as a head's text decoder is asked, and the loss is that of the answer's
+tokens (Hu et al. 2021, arXiv:2106.09685).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from hybrid.backbone import Backbone, load_backbone
 from hybrid.baselines import answer_prompt, zero_shot
-from hybrid.config import BackboneConfig, RunConfig, to_plain
+from hybrid.config import BackboneConfig, RunConfig, TextConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.evaluation import train_seconds
+from hybrid.generation import answer_token_ids
 from hybrid.losses import IGNORED
 
 RANK = 16
@@ -31,8 +33,9 @@ ROWS_AT_ONCE = 16  # logits of a batch are large: tokens × vocabulary
 def train_lora(config: RunConfig, resume: bool = False) -> Path:
     """Fine-tune the run's backbone with LoRA on all its linear layers; returns the folder of the adapter.
 
-    Of the run, `data`, `backbone`, and of `training` the folder, updates, batch size, learning rate, decay, warm-up,
-    seed, and intervals of saving and logging are used. Each field of a question is a training row.
+    Of the run, `data`, `backbone`, `text`, and of `training` the folder, updates, batch size, learning rate, decay,
+    warm-up, seed, and intervals of saving and logging are used. Each field of a question is a training row, or with
+    `text.enabled` each question with its whole answer in words.
 
     Args:
         config: The run.
@@ -77,7 +80,7 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
             report_to="none",
             seed=settings.seed,
         ),
-        train_dataset=_rows(backbone, examples),  # ty: ignore[invalid-argument-type]  a list is a map-style data set
+        train_dataset=_rows(backbone, examples, config.text),  # ty: ignore[invalid-argument-type]  a list is a map-style data set
         data_collator=DataCollatorForSeq2Seq(backbone.tokenizer, label_pad_token_id=IGNORED),
         callbacks=[_Log(folder / "log.jsonl")],
     )
@@ -119,12 +122,18 @@ def load_lora(folder: Path, config: BackboneConfig, device: str | torch.device |
     return Backbone(tuned, backbone.tokenizer, name=f"{backbone.name} with LoRA"), num_parameters
 
 
-def _rows(backbone: Backbone, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+def _rows(backbone: Backbone, examples: Sequence[Example], text: TextConfig) -> list[dict[str, list[int]]]:
     """Prompt and answer as token ids, with labels at the answer only."""
-    pairs = [(example, *pair) for example in examples for pair in zip(example.fields, example.answers, strict=True)]
-    prompts = backbone.tokenizer([answer_prompt(example, field) for example, field, _ in pairs])["input_ids"]
-    texts, end = [f" {answer}" for *_, answer in pairs], backbone.tokenizer.eos_token or ""
-    answers = backbone.tokenizer([f"{text}{end}" for text in texts], add_special_tokens=False)["input_ids"]
+    if text.enabled:
+        prompted = backbone.text_prompts([(e.context, e.question) for e in examples], text.suffix, text.chat)
+        prompts = [prompt.token_ids for prompt in prompted]
+        answers = answer_token_ids(backbone.tokenizer, text, examples)
+    else:
+        asked = [(e, field, answer) for e in examples for field, answer in zip(e.fields, e.answers, strict=True)]
+        prompts = backbone.tokenizer([answer_prompt(example, field) for example, field, _ in asked])["input_ids"]
+        end = backbone.tokenizer.eos_token or ""
+        words = [f" {answer}{end}" for *_, answer in asked]
+        answers = backbone.tokenizer(words, add_special_tokens=False)["input_ids"]
     return [
         {
             "input_ids": [*prompt, *answer],

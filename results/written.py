@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def written(model: HybridModel, examples: Sequence[Example], lora: Path | None) -> Any:
     """What each writes after the same prompts: its name and the texts."""
-    length = max(map(len, answer_token_ids(model, examples)))
+    length = max(map(len, answer_token_ids(model.backbone.tokenizer, model.config.text, examples)))
     texts = [(example.context, example.question) for example in examples]
     prompts = [prompt.token_ids for prompt in text_prompts(model, texts)]
     yield "frozen LLM", continuations(model.backbone, prompts, length)

@@ -14,9 +14,9 @@ from test_training import write_data
 from hybrid.backbone import load_backbone
 from hybrid.baselines import zero_shot
 from hybrid.cli import main
-from hybrid.config import BackboneConfig, DataConfig, RunConfig, TrainingConfig, to_plain
+from hybrid.config import BackboneConfig, DataConfig, RunConfig, TextConfig, TrainingConfig, to_plain
 from hybrid.data import load_examples
-from hybrid.lora import _Log, evaluate_lora, train_lora
+from hybrid.lora import _Log, _rows, evaluate_lora, train_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft uses it
 
@@ -44,6 +44,19 @@ def test_lora_learns_what_the_frozen_model_cannot(config):
     tensors = load_file(Path(config.training.output_folder) / "best" / "adapter_model.safetensors")
     assert result["num_parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert result["train_seconds"] > 0
+
+
+def test_lora_in_words_has_the_rows_of_a_text_decoder(config):
+    examples, backbone = load_examples(config.data, "train"), load_backbone(config.backbone)
+    fields, words = (
+        _rows(backbone, examples, text) for text in (config.text, TextConfig(enabled=True, answer="It is {answer}."))
+    )
+    for example, row, plain in zip(examples, words, fields, strict=True):
+        answer = [token for token in row["labels"] if token >= 0]
+        prompt = row["input_ids"][: -len(answer)]
+        assert answer == backbone.tokenizer(f" It is {example.answers[0]}.", add_special_tokens=False)["input_ids"]
+        assert prompt == plain["input_ids"][: len(prompt)]  # one field: asked as without words
+        assert len(row["attention_mask"]) == len(row["input_ids"]) == len(row["labels"])
 
 
 def test_lora_goes_on_from_its_checkpoint(config, tmp_path, monkeypatch):
