@@ -1,0 +1,95 @@
+"""How many PrOntoQA questions a rule without any chain answers, and the same questions without that shortcut.
+
+    python results/prontoqa_shortcut.py ../shared/data/prontoqa.jsonl --output results/prontoqa_shortcut/results.json
+
+Two sentences speak of the property asked for: that of the concept where the chain ends, and that of a distractor. The
+rule believes the one whose concept is also what another sentence calls something ("Shumpuses are numpuses"), which
+distractors never are. `--harder FILE` writes the questions with more sentences, a chain to the distractor from
+concepts that nobody belongs to: answers stay, that shortcut is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrid.evaluation import accuracy_row, provenance, write_results
+
+SENTENCE = re.compile(r"(?:each |every |an? )?(\w+) (?:is|are) (not )?(?:an? )?(\w+)", re.IGNORECASE)
+CONCEPTS = {
+    "wumpus", "yumpus", "zumpus", "dumpus", "rompus", "numpus", "tumpus", "vumpus", "impus", "jompus", "gorpus",
+    "shumpus", "lempus", "sterpus", "grimpus", "lorpus", "brimpus",
+}  # fmt: skip
+SPLITS = ("train", "valid", "test")  # those with distractors
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the result file, and the harder questions if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--harder", type=Path)
+    parsed = parser.parse_args(arguments)
+    rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
+    rows = [row for row in rows if row["split"] in SPLITS]
+    right: dict[tuple[str, int], list[bool]] = defaultdict(list)
+    for row in rows:
+        right[row["split"], row["depth"]].append(by_rule(row) == row["answer"])
+    accuracy = [
+        {"split": split, "depth": depth, **accuracy_row(torch.tensor(values))}
+        for (split, depth), values in sorted(right.items())
+    ]
+    parsed.output.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "results/prontoqa_shortcut.py", *arguments])
+    write_results(parsed.output, {"rule": accuracy, **provenance(command, seed=0)})
+    if parsed.harder:
+        generator = random.Random(0)
+        parsed.harder.write_text("".join(json.dumps(harder(row, generator)) + "\n" for row in rows))
+    print("\n".join(json.dumps(row) for row in accuracy))
+
+
+def by_rule(row: dict[str, Any]) -> str | None:
+    """The rule's answer; nothing where it does not single out one sentence."""
+    ((_, denied, asked),) = facts(row["question"].removeprefix("True or false: "))
+    known = facts(row["context"])
+    mentioned = {predicate for *_, predicate in known}
+    believed = [is_denied for subject, is_denied, predicate in known if predicate == asked and subject in mentioned]
+    return str(believed[0] == denied) if len(believed) == 1 else None
+
+
+def harder(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
+    """The row with a chain to each distractor, of the concepts that the row does not use, its sentences spread."""
+    ((_, _, asked),) = facts(row["question"].removeprefix("True or false: "))
+    known, sentences = facts(row["context"]), row["context"].split(". ")
+    mentioned = {predicate for *_, predicate in known}
+    unused = sorted(CONCEPTS - mentioned - {subject for subject, *_ in known})
+    for distractor in [subject for subject, _, predicate in known if predicate == asked and subject not in mentioned]:
+        chain = [*generator.sample(unused, len(unused)), distractor]
+        for lower, upper in pairwise(chain):
+            sentences.insert(generator.randrange(len(sentences) - 2), f"Each {lower} is a {upper}")
+    return row | {"context": ". ".join(sentences)}
+
+
+def facts(text: str) -> list[tuple[str, bool, str]]:
+    """(subject, is denied, predicate) of each sentence, nouns in the singular, in small letters."""
+    return [(singular(subject), bool(no), singular(predicate)) for subject, no, predicate in SENTENCE.findall(text)]
+
+
+def singular(word: str) -> str:
+    """`Numpuses` → `numpus`."""
+    return word.lower().removesuffix("es") if word.lower().endswith("uses") else word.lower()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
