@@ -88,13 +88,10 @@ def known_options(examples: Sequence[Example], at_most: int = 1000) -> list[str]
     return known if len(known) <= at_most else []
 
 
-def common_choices(examples: Sequence[Example]) -> list[str] | None:
-    """The options, when every example asks the one field `answer` with the same ones."""
+def common_fields(examples: Sequence[Example]) -> dict[str, list[str]] | None:
+    """Names and options of the fields, when every example asks the same ones."""
     asked = {example.fields for example in examples}
-    if len(asked) != 1:
-        return None
-    (fields,) = asked
-    return list(fields[0].options) if [field.name for field in fields] == ["answer"] else None
+    return {field.name: list(field.options) for field in asked.pop()} if len(asked) == 1 else None
 
 
 def embed_examples(

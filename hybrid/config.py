@@ -396,6 +396,7 @@ class HybridConfig(PreTrainedConfig):
         backbone_dim: Hidden size of the backbone.
         known_options: Options and field names that own a learned residual, in the order of its rows.
         choices: Default options of a question asked without any.
+        fields: Default fields of a head whose questions all ask the same several ones: name to options.
         license: Licence of the head, for its card.
         hybrid_version: Version that wrote the head.
     """
@@ -409,6 +410,7 @@ class HybridConfig(PreTrainedConfig):
     backbone_dim: int = 576
     known_options: list[str] | None = None
     choices: list[str] | None = None
+    fields: dict[str, list[str]] | None = None
     license: str | None = None
     hybrid_version: str | None = None
 

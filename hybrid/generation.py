@@ -48,7 +48,7 @@ def generate(
         inputs: Prompts, padded on the left, (batch, tokens); or give `input_ids`.
         input_ids: Likewise.
         attention_mask: (batch, tokens); by default, what is not the tokenizer's padding.
-        choices: Options of a question with one answer; by default those of the head.
+        choices: Options of a question with one answer; by default what the head was trained to answer.
         fields: What is asked, when there are several answers.
         max_steps: Refinement steps at most.
         halting: `learned`, `convergence` or `never`.
@@ -128,7 +128,7 @@ def generate_texts(
         model: A head with a text decoder.
         questions: The questions.
         contexts: A context for each.
-        choices: Options of a question with one answer; by default those of the head.
+        choices: Options of a question with one answer; by default what the head was trained to answer.
         fields: What is asked, when there are several answers.
         chat: Put questions into the chat template; by default as the head was trained.
         stop: Texts before which the answer ends.
@@ -291,7 +291,7 @@ def text_log_likelihoods(
         model: A head with a text decoder.
         texts: (context, question) pairs.
         continuations: What follows each prompt, from its first space on.
-        choices: Options of a question with one answer; by default those of the head.
+        choices: Options of a question with one answer; by default what the head was trained to answer.
         fields: What is asked, when there are several answers.
         chat: Put questions into the chat template; by default as the head was trained.
         suffix: What follows the question in the prompt; by default as the head was trained.

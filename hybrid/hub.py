@@ -24,7 +24,7 @@ where it is published.
 from hybrid import HybridModel
 
 model = HybridModel.from_pretrained("path/to/{name}")
-print(model.answer("...", choices={choices}).value)
+print(model.answer("..."{arguments}).value)
 {generate}```
 
 One refinement step is {num_cycles} cycles of {num_latent_passes} + 1 passes; at most {max_steps} steps, halting

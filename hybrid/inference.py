@@ -242,7 +242,7 @@ def answer(
         model: A trained head with its backbone.
         question: The question, or the whole text with the question at its end.
         context: The text that comes before the question.
-        choices: Options of a question with one answer; by default those of the head.
+        choices: Options of a question with one answer; by default what the head was trained to answer.
         fields: What is asked, when there are several answers; not together with `choices`.
         schema: What is asked, as a Pydantic model or a JSON schema; see `hybrid.schema.read_schema`.
         **kwargs: `explain`, `max_steps`, `halting`, `rollouts`, `pick`, `seed`, as in `answer_batch`.
@@ -277,7 +277,7 @@ def answer_batch(
         model: A trained head with its backbone.
         questions: The questions.
         contexts: A context for each.
-        choices: Options of a question with one answer; by default those of the head.
+        choices: Options of a question with one answer; by default what the head was trained to answer.
         fields: What is asked, when there are several answers.
         schema: What is asked, as a Pydantic model or a JSON schema; not together with `choices` or `fields`.
         explain: Also let the language model write from the refined latents (`Answer.text`); needs a text decoder.
@@ -336,7 +336,7 @@ def answer_batch(
 def fields_asked(
     model: HybridModel, choices: Sequence[str] | None, fields: Sequence[Field] | None
 ) -> tuple[Field, ...]:
-    """The fields that a question asks: `fields`, or a single one with `choices`, or with those of the head.
+    """The fields that a question asks: `fields`, or a single one with `choices`, or those of the head.
 
     Raises:
         ValueError: None or both are given, or names appear twice.
@@ -350,11 +350,11 @@ def fields_asked(
             raise ValueError(f"fields={[field.name for field in fields]}: names must be there and differ")
         return tuple(fields)
     choices = choices if choices is not None else model.config.choices
-    if choices is None:
-        raise ValueError(
-            "this head has no default choices: give choices, fields or a schema (flags of `hybrid ask`, too)"
-        )
-    return (Field("answer", choices),)
+    if choices is not None:
+        return (Field("answer", choices),)
+    if model.config.fields is not None:
+        return tuple(Field(name, options) for name, options in model.config.fields.items())
+    raise ValueError("this head has no default choices: give choices, fields or a schema (flags of `hybrid ask`, too)")
 
 
 def _read_answer(refined: Refined, row: int, fields: Sequence[Field], form: Form | None, text: str | None) -> Answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,7 @@ class HybridModel(PreTrainedModel):
         text: TextConfig | None = None,
         known_options: Sequence[str] = (),
         choices: Sequence[str] | None = None,
+        fields: Mapping[str, Sequence[str]] | None = None,
         license: str | None = None,
     ) -> HybridModel:
         """A new, untrained head for a backbone.
@@ -154,6 +155,7 @@ class HybridModel(PreTrainedModel):
             text: Whether it writes text, and how it is asked to.
             known_options: Options that get a learned residual.
             choices: Options of a question asked without any.
+            fields: What such a question asks, if it is several fields: name to options.
             license: Licence of the head, for its card.
         """
         config = HybridConfig(
@@ -164,6 +166,7 @@ class HybridModel(PreTrainedModel):
             backbone_dim=backbone.dim,
             known_options=list(known_options),
             choices=list(choices) if choices is not None else None,
+            fields={name: list(options) for name, options in fields.items()} if fields is not None else None,
             license=license,
             hybrid_version=__version__,
         )
@@ -278,7 +281,7 @@ class HybridModel(PreTrainedModel):
             "layers": backbone.layers,
             "template": backbone.template,
             "num_parameters": sum(self.parameter_groups().values()),
-            "choices": self.config.choices or ["yes", "no"],
+            "arguments": "" if self.config.choices or self.config.fields else ', choices=["yes", "no"]',
             "num_cycles": reasoner.num_cycles,
             "num_latent_passes": reasoner.num_latent_passes,
             "max_steps": reasoner.max_steps,

@@ -8,6 +8,7 @@ from conftest import CHOICES, chain_examples, tiny_model
 
 from hybrid.decoder import Field
 from hybrid.inference import answer_batch, refine, refine_rollouts
+from hybrid.model import HybridModel
 
 QUESTIONS = [f"{example.context} {example.question}" for example in chain_examples(7)]
 
@@ -144,3 +145,13 @@ def test_head_without_default_choices_asks_for_them(model):
     model.config.choices = None
     with pytest.raises(ValueError, match="give choices, fields or a schema"):
         model.answer(QUESTIONS[0])
+
+
+def test_head_with_default_fields_answers_them(model, tmp_path):
+    model.config.choices, model.config.fields = None, {"A": ["knight", "knave"], "B": ["yes", "no"]}
+    model.save_pretrained(tmp_path)
+    again = HybridModel.from_pretrained(tmp_path, model.backbone)
+    answer = again.answer(QUESTIONS[0])
+    assert list(answer.value) == ["A", "B"] and answer.value["B"] in ("yes", "no")
+    assert again.answer(QUESTIONS[0], choices=["left", "right"]).value in ("left", "right")
+    assert 'print(model.answer("...").value)' in (tmp_path / "README.md").read_text()

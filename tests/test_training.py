@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from conftest import chain_examples, chatty_llama, open_gate, tiny_reasoner, tiny_run, word_tokenizer
 
 from hybrid.backbone import Backbone
-from hybrid.batches import EmbeddedExamples, known_options
+from hybrid.batches import EmbeddedExamples, common_fields, known_options
 from hybrid.config import RecursionStage, RunConfig, TextConfig, TrainingConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
@@ -464,6 +464,20 @@ def test_names_of_several_fields_are_known_as_options_are():
     assert known_options([example(Field("answer", "12"))]) == ["1", "2"]
     many = [example(Field(f"a{n}", "12"), Field(f"b{n}", "12")) for n in range(600)]
     assert known_options(many) == ["1", "2"]
+
+
+def test_fields_that_all_questions_ask_are_the_default(folder, backbone):
+    def example(*fields: Field) -> Example:
+        return Example(None, "?", fields, tuple("1" for _ in fields), None, "x")
+
+    assert common_fields([example(Field("a", "12"), Field("b", "12"))] * 2) == {"a": ["1", "2"], "b": ["1", "2"]}
+    assert common_fields([example(Field("a", "12")), example(Field("b", "12"))]) is None
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    rows = [row | {"answer": {"first": row["answer"], "second": row["answer"]}} for row in rows]
+    (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    model = HybridModel.from_pretrained(train(tiny_run(folder, num_updates=2), backbone=backbone), backbone)
+    assert model.config.choices is None and list(model.config.fields) == ["first", "second"]
+    assert list(model.answer(rows[0]["question"]).value) == ["first", "second"]
 
 
 def test_start_from_another_head_is_checked(folder, backbone):
