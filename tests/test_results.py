@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 
+import trm
 from prontoqa_shortcut import by_rule, facts, harder
 
 CONTEXT = (
@@ -28,3 +34,44 @@ def test_one_look_back_answers_prontoqa_until_the_distractor_is_mentioned(asked,
     subjects, predicates = {subject for subject, *_ in added}, {predicate for *_, predicate in added}
     assert "yumpus" in predicates and not subjects & {"vumpus", "shumpus", "numpus", "max"}  # nobody is any of them
     assert not predicates & {"vumpus", "shumpus", "numpus"}
+
+
+class Reference(nn.Module):
+    """Calls as the reference code's loss head has them: each cell becomes what is most often there."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(6, 6))
+
+    def initial_carry(self, batch: dict[str, torch.Tensor]) -> int:
+        return 0
+
+    def forward(self, carry: int, batch: dict[str, torch.Tensor], return_keys: list[str]) -> tuple[Any, ...]:
+        logits = self.table[batch["inputs"]]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+        right = logits.argmax(-1) == batch["labels"]
+        metrics = {"count": torch.tensor(len(right)), "lm_loss": loss.detach()}
+        metrics |= {"exact_accuracy": right.all(1).sum(), "accuracy": right.float().mean(1).sum()}
+        return carry + 1, loss, metrics, {"preds": logits.argmax(-1)}, carry == 3
+
+
+def test_reference_code_on_our_grids_goes_on_after_a_stop(tmp_path, monkeypatch):
+    config = "data: {reasoning_gym: mini_sudoku, max_train_examples: 32, max_eval_examples: 8}"
+    (tmp_path / "config.yaml").write_text(config)
+    monkeypatch.setattr(trm, "reference_model", lambda parsed, num_digits: (Reference(), {"digits": num_digits}))
+    for name, value in {"SAVE_EVERY": 10, "LOG_EVERY": 5, "WARMUP": 1}.items():
+        monkeypatch.setattr(trm, name, value)
+    clock = iter(range(10_000))
+    second = SimpleNamespace(monotonic=lambda: float(next(clock)))  # one update takes a second
+    monkeypatch.setattr(trm, "time", second)
+    folders = {"trm-path": tmp_path, "folder": tmp_path / "run", "output": tmp_path / "trm.json"}
+    flags = {"batch_size": 8, "learning_rate": 1, **folders}
+    arguments = [str(tmp_path / "config.yaml"), *(f"--{name}={value}" for name, value in flags.items()), "--seconds"]
+    trm.main([*arguments, "14"])
+    trm.main([*arguments, "31"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [5, 10, 15, 20, 25, 30]
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["seconds"] < 31
+    results = json.loads((tmp_path / "trm.json").read_text())
+    assert results["num_updates"] > 25 and results["sizes"] == {"digits": 4}
+    assert 0.25 < results["field_accuracy"] < 1.0  # given cells are copied, others guessed
