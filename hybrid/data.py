@@ -14,7 +14,7 @@ import re
 import string
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -316,7 +316,7 @@ def _generate(config: DataConfig, role: str) -> list[dict[str, Any]]:
         rows = list(create_dataset(task, **{"size": size, "seed": seed} | config.task_parameters))
     except (TypeError, AssertionError) as error:
         raise ValueError(f"data.task_parameters={config.task_parameters}: {task} refuses them: {error}") from error
-    to_row = {"knights_knaves": _knights_knaves, "mini_sudoku": sudoku_row, "sudoku": sudoku_row}.get(task, dict)
+    to_row = PROCEDURAL.get(str(task), dict)
     return [to_row({**row["metadata"], **row}) for row in rows]  # metadata are columns, which can be mapped
 
 
@@ -335,3 +335,18 @@ def _knights_knaves(row: Mapping[str, Any]) -> dict[str, Any]:
     fields = [{"name": str(name), "options": options} for name in row["names"]]
     answer = [bool(is_knight) for is_knight in row["solution"]]
     return {"context": context, "question": f"So {question}", "fields": fields, "answer": answer, "depth": len(fields)}
+
+
+def _family_relationships(row: Mapping[str, Any]) -> dict[str, Any]:
+    context, question = row["question"].partition(" Respond only")[0].split("\n\n")
+    depth = 1 if row["answer"] in NEXT_OF_KIN else 2
+    return {**row, "context": context, "question": question, "depth": depth}
+
+
+NEXT_OF_KIN = ("husband", "wife", "father", "mother", "son", "daughter")  # others are two links away
+PROCEDURAL: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "family_relationships": _family_relationships,
+    "knights_knaves": _knights_knaves,
+    "mini_sudoku": sudoku_row,
+    "sudoku": sudoku_row,
+}

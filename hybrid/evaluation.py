@@ -375,16 +375,14 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 def plot_steps(results: dict[str, Any], path: Path) -> None:
     """PNG of accuracy against refinement steps, a line per depth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     curves = results["accuracy_by_steps"]
     steps = [point["steps"] for point in curves]
     depths = [row["depth"] for row in curves[0]["by_depth"]]
-    figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    colors = plt.get_cmap("viridis")
+    figure, colors = Figure(figsize=(6.4, 4.0), layout="constrained"), colormaps["viridis"]
+    axis = figure.subplots()
     for number, depth in enumerate(depths):
         rows = [point["by_depth"][number] for point in curves]
         style: dict[str, Any] = (
@@ -398,4 +396,3 @@ def plot_steps(results: dict[str, Any], path: Path) -> None:
     axis.set(xlabel="refinement steps", ylabel="accuracy (95% interval)", ylim=(0, 1.02))
     axis.legend(title="depth", fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -44,10 +44,7 @@ def trace_text(answer: Answer, width: int = 100) -> str:
 
 def plot_trace(answer: Answer, path: Path) -> None:
     """PNG of an answer's course: a grid per step with changed cells shaded, or a panel of curves per field."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which would change what a notebook draws on
 
     names = list(answer.trace[0])
     grid = grid_names(names)
@@ -55,9 +52,8 @@ def plot_trace(answer: Answer, path: Path) -> None:
     columns = min(num_panels, 4 if grid else 3)
     rows = -(-num_panels // columns)
     size = max(2.0, 0.3 * len(grid), 0.3 * len(grid[0])) if grid else 4.5  # inches
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * size, rows * (size if grid else 3.0)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(columns * size, rows * (size if grid else 3.0)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[num_panels:]:
         axis.set_axis_off()
     if grid:
@@ -67,7 +63,6 @@ def plot_trace(answer: Answer, path: Path) -> None:
         for axis, name in zip(axes.flat, names, strict=False):
             _draw_curves(axis, name, _curves(answer, name, MAX_LINES))
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def grid_names(names: Sequence[str]) -> list[list[str]] | None:

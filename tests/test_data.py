@@ -315,6 +315,8 @@ def test_knights_and_knaves_are_fields_by_name():
 def test_procedural_splits_and_seeds_share_nothing():
     pytest.importorskip("reasoning_gym")
     settings = {"reasoning_gym": "family_relationships", "max_train_examples": 60, "max_eval_examples": 30}
+    first = load_examples(DataConfig(**settings), "train")[0]
+    assert (first.question[:8], first.context[-1]) == ("What is ", ".") and first.depth in (1, 2)
     config = DataConfig(**settings, column_mapping={"depth": "family_size"})
     roles = {role: load_examples(config, role) for role in ("train", "valid", "test")}
     assert len(roles["train"]) == 60 and set(by_depth(roles["train"])) <= {4, 5, 6, 7, 8}
