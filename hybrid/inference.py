@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -300,6 +301,12 @@ def answer_batch(
     if form is not None and (choices is not None or fields is not None):
         raise ValueError("a schema brings its own fields and options: leave out choices and fields")
     asked = form.fields if form is not None else fields_asked(model, choices, fields)
+    own = model.config.fields
+    if own is not None and (new := [field.name for field in asked if field.name not in own]):
+        warnings.warn(
+            f"fields {new[:3]} are unknown to this head, which always was asked {list(own)[:3]} …: expect guesses",
+            stacklevel=2,
+        )
     if explain:
         check_text_decoder(model)
     contexts = contexts if contexts is not None else [None] * len(questions)
