@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
         "exact_match": [],
         **provenance(shlex.join(["python", "results/written.py", *arguments]), config.training.seed),
     }
-    results["unrelated"] = unrelated(model)
+    results["unrelated"] = unrelated(model, parsed.lora)
     write_results(parsed.output, results)
     for name, texts in written(model, examples, parsed.lora):
         right = torch.tensor(
@@ -110,8 +110,8 @@ def is_answer(text: str, answer: str) -> bool:
     return "\n".join(line.strip() for line in lines).rstrip(".") == answer.rstrip(".")
 
 
-def unrelated(model: HybridModel) -> dict[str, Any]:
-    """Perplexity of passages that have nothing to do with logic, with and without soft tokens."""
+def unrelated(model: HybridModel, lora: Path | None) -> dict[str, Any]:
+    """Perplexity of passages that have nothing to do with logic, with and without soft tokens, and with LoRA."""
     text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
     starts = range(0, len(text) - PASSAGE, (len(text) - PASSAGE) // NUM_PASSAGES)
     passages = [text[start : start + PASSAGE] for start in starts][:NUM_PASSAGES]
@@ -122,14 +122,21 @@ def unrelated(model: HybridModel) -> dict[str, Any]:
     steered = text_log_likelihoods(model, prompts, rest, suffix="")
     with silent(model):
         frozen = text_log_likelihoods(model, prompts, rest, suffix="")
-    perplexities = [math.exp(-sum(value for value, _ in values) / num_tokens) for values in (frozen, steered)]
+        systems = {"frozen": frozen, "steered": steered}
+        if lora is not None:
+            own = model.backbone
+            model.attach_backbone(load_lora(lora, model.config.backbone)[0])
+            systems["lora"] = text_log_likelihoods(model, prompts, rest, suffix="")
+            model.attach_backbone(own)
+    perplexities = {
+        name: math.exp(-sum(value for value, _ in values) / num_tokens) for name, values in systems.items()
+    }
     changes = [(f - s) for (f, _), (s, _) in zip(frozen, steered, strict=True)]
     return {
         "n": len(passages),
         "num_tokens": num_tokens,
-        "perplexity_frozen": perplexities[0],
-        "perplexity_steered": perplexities[1],
-        "change": perplexities[1] / perplexities[0] - 1,
+        **{f"perplexity_{name}": value for name, value in perplexities.items()},
+        "change": perplexities["steered"] / perplexities["frozen"] - 1,
         "stderr_of_log": statistics.stdev(changes) * math.sqrt(len(changes)) / num_tokens,
     }
 
@@ -149,10 +156,12 @@ def silent(model: HybridModel) -> Any:
 def table(results: dict[str, Any]) -> str:
     """Markdown table of exact match by depth, and a line on the other texts."""
     other, exact = results["unrelated"], accuracy_lines(*results["exact_match"])
-    return (
-        f"{exact}\n\nPerplexity of {other['n']} unrelated passages: {other['perplexity_frozen']:.2f} frozen, "
-        f"{other['perplexity_steered']:.2f} steered ({100 * other['change']:+.2f} %)."
-    )
+    frozen = other["perplexity_frozen"]
+    line = f"Perplexity of {other['n']} unrelated passages: {frozen:.2f} frozen"
+    for name, told in (("steered", "steered"), ("lora", "LoRA")):
+        if (value := other.get(f"perplexity_{name}")) is not None:
+            line += f", {value:.2f} {told} ({100 * (value / frozen - 1):+.2f} %)"
+    return f"{exact}\n\n{line}."
 
 
 if __name__ == "__main__":
