@@ -1,6 +1,6 @@
 """The TRM reference code on the grids of a Sudoku configuration, for as long as a head was trained.
 
-    python results/trm.py configs/sudoku_smollm2.yaml --trm-path FOLDER --seconds 3600 --output results/NAME/trm.json
+    python results/trm.py configs/easy_sudoku_smollm2.yaml --trm-path FOLDER --seconds 3600 --output results/trm.json
 
 Model, loss and halting are those of a checkout of SamsungSAILMontreal/TinyRecursiveModels, with the sizes of its
 Sudoku recipe: 512 wide, two layers that mix cells by an MLP, n = 6, T = 3, at most 16 steps, decay 1, EMA .999. What
