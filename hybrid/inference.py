@@ -300,13 +300,7 @@ def answer_batch(
     form = read_schema(schema) if schema is not None else None
     if form is not None and (choices is not None or fields is not None):
         raise ValueError("a schema brings its own fields and options: leave out choices and fields")
-    asked = form.fields if form is not None else fields_asked(model, choices, fields)
-    own = model.config.fields
-    if own is not None and (new := [field.name for field in asked if field.name not in own]):
-        warnings.warn(
-            f"fields {new[:3]} are unknown to this head, which always was asked {list(own)[:3]} …: expect guesses",
-            stacklevel=2,
-        )
+    asked = fields_asked(model, choices, fields if form is None else form.fields)
     if explain:
         check_text_decoder(model)
     contexts = contexts if contexts is not None else [None] * len(questions)
@@ -345,6 +339,8 @@ def fields_asked(
 ) -> tuple[Field, ...]:
     """The fields that a question asks: `fields`, or a single one with `choices`, or those of the head.
 
+    Warns when a head that always was asked the same fields is asked others.
+
     Raises:
         ValueError: None or both are given, or names appear twice.
     """
@@ -352,16 +348,26 @@ def fields_asked(
         raise ValueError(f"choices={choices!r}: expected a list of texts")
     if fields is not None and choices is not None:
         raise ValueError("both choices and fields were given: choices are the options of a single field")
+    choices = choices if choices is not None else model.config.choices
+    own = model.config.fields
     if fields is not None:
         if len({field.name for field in fields}) < len(fields) or not fields:
             raise ValueError(f"fields={[field.name for field in fields]}: names must be there and differ")
-        return tuple(fields)
-    choices = choices if choices is not None else model.config.choices
-    if choices is not None:
-        return (Field("answer", choices),)
-    if model.config.fields is not None:
-        return tuple(Field(name, options) for name, options in model.config.fields.items())
-    raise ValueError("this head has no default choices: give choices, fields or a schema (flags of `hybrid ask`, too)")
+        asked = tuple(fields)
+    elif choices is not None:
+        asked = (Field("answer", choices),)
+    elif own is not None:
+        asked = tuple(Field(name, options) for name, options in own.items())
+    else:
+        raise ValueError(
+            "this head has no default choices: give choices, fields or a schema (flags of `hybrid ask`, too)"
+        )
+    if own is not None and (new := [field.name for field in asked if field.name not in own]):
+        warnings.warn(
+            f"fields {new[:3]} are unknown to this head, which always was asked {list(own)[:3]} …: expect guesses",
+            stacklevel=3,
+        )
+    return asked
 
 
 def _read_answer(refined: Refined, row: int, fields: Sequence[Field], form: Form | None, text: str | None) -> Answer:

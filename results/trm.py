@@ -129,7 +129,7 @@ def train(model: Any, average: Any, examples: Sequence[Example], parsed: argpars
 
 def batches(examples: Sequence[Example], size: int, skip: int) -> Iterator[dict[str, torch.Tensor]]:
     """Shuffled batches without end, the same for every sitting: 0 is padding, 1 an empty cell, d + 1 the digit d."""
-    inputs, labels = encoded(examples)
+    data = encoded(examples)
     generator, order = torch.Generator().manual_seed(0), torch.empty(0, dtype=torch.long)
     while True:
         if len(order) < size:
@@ -138,27 +138,28 @@ def batches(examples: Sequence[Example], size: int, skip: int) -> Iterator[dict[
         if skip > 0:
             skip -= 1
             continue
-        yield {"inputs": inputs[rows], "labels": labels[rows], "puzzle_identifiers": torch.zeros_like(rows)}
+        yield {name: values[rows] for name, values in data.items()}
 
 
-def encoded(examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Puzzles and solutions as the reference code has them, each (examples, cells)."""
+def encoded(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """Puzzles and solutions as the reference code has them, (examples, cells), and the one task, (examples,)."""
     puzzles = [[1 if cell == "_" else int(cell) + 1 for cell in str(e.context).split()] for e in examples]
-    return torch.tensor(puzzles), torch.tensor([[int(digit) + 1 for digit in e.answers] for e in examples])
+    solutions = [[int(digit) + 1 for digit in example.answers] for example in examples]
+    tasks = torch.zeros(len(examples), dtype=torch.long)
+    return {"inputs": torch.tensor(puzzles), "labels": torch.tensor(solutions), "puzzle_identifiers": tasks}
 
 
 @torch.inference_mode()
 def answer(model: Any, examples: Sequence[Example], size: int) -> tuple[torch.Tensor, float]:
     """Whether each whole grid is right after the last step, and the share of right cells."""
     model.eval()
-    inputs, labels = encoded(examples)
-    found = []
+    data, found = encoded(examples), []
     for rows in torch.arange(len(examples)).split(size):
-        batch = {"inputs": inputs[rows], "labels": labels[rows], "puzzle_identifiers": torch.zeros_like(rows)}
+        batch = {name: values[rows] for name, values in data.items()}
         carry, finished = model.initial_carry(batch), False
         while not finished:
             carry, _, _, outputs, finished = model(return_keys=["preds"], carry=carry, batch=batch)
-        found.append(outputs["preds"] == labels[rows])
+        found.append(outputs["preds"] == batch["labels"])
     right = torch.cat(found)
     return right.all(1), float(right.double().mean())
 

@@ -55,9 +55,10 @@ def main(arguments: Sequence[str]) -> None:
         "exact_match": [],
         **provenance(shlex.join(["python", "results/written.py", *arguments]), config.training.seed),
     }
-    results["unrelated"] = unrelated(model, parsed.lora)
+    tuned = load_lora(parsed.lora, model.config.backbone)[0] if parsed.lora else None
+    results["unrelated"] = unrelated(model, tuned)
     write_results(parsed.output, results)
-    for name, texts in written(model, examples, parsed.lora):
+    for name, texts in written(model, examples, tuned):
         right = torch.tensor(
             [is_answer(text, answer_text(model.config.text, e)) for text, e in zip(texts, examples, strict=True)]
         )
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     print(table(results))
 
 
-def written(model: HybridModel, examples: Sequence[Example], lora: Path | None) -> Any:
+def written(model: HybridModel, examples: Sequence[Example], tuned: Backbone | None) -> Any:
     """What each writes after the same prompts: its name and the texts."""
     length = max(map(len, answer_token_ids(model.backbone.tokenizer, model.config.text, examples)))
     texts = [(example.context, example.question) for example in examples]
@@ -87,8 +88,8 @@ def written(model: HybridModel, examples: Sequence[Example], lora: Path | None) 
         for row, text in zip(rows, found, strict=True):
             steered[row] = text
     yield "steered LLM", steered
-    if lora is not None:
-        yield "LoRA", continuations(load_lora(lora, model.config.backbone)[0], prompts, length)
+    if tuned is not None:
+        yield "LoRA", continuations(tuned, prompts, length)
 
 
 @torch.inference_mode()
@@ -110,7 +111,7 @@ def is_answer(text: str, answer: str) -> bool:
     return "\n".join(line.strip() for line in lines).rstrip(".") == answer.rstrip(".")
 
 
-def unrelated(model: HybridModel, lora: Path | None) -> dict[str, Any]:
+def unrelated(model: HybridModel, tuned: Backbone | None) -> dict[str, Any]:
     """Perplexity of passages that have nothing to do with logic, with and without soft tokens, and with LoRA."""
     text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
     starts = range(0, len(text) - PASSAGE, (len(text) - PASSAGE) // NUM_PASSAGES)
@@ -123,9 +124,9 @@ def unrelated(model: HybridModel, lora: Path | None) -> dict[str, Any]:
     with silent(model):
         frozen = text_log_likelihoods(model, prompts, rest, suffix="")
         systems = {"frozen": frozen, "steered": steered}
-        if lora is not None:
+        if tuned is not None:
             own = model.backbone
-            model.attach_backbone(load_lora(lora, model.config.backbone)[0])
+            model.attach_backbone(tuned)
             systems["lora"] = text_log_likelihoods(model, prompts, rest, suffix="")
             model.attach_backbone(own)
     perplexities = {
