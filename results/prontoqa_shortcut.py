@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--harder", type=Path)
+    parser.add_argument("--facts", type=Path, help="the questions with what else follows of the subject as fields")
+    parser.add_argument("--properties", action="store_true", help="of --facts: not only concepts")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     rows = [row for row in rows if row["split"] in SPLITS]
@@ -56,6 +58,9 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.harder:
         generator = random.Random(0)
         parsed.harder.write_text("".join(json.dumps(harder(row, generator)) + "\n" for row in rows))
+    if parsed.facts:
+        lines = (json.dumps(with_facts(row, parsed.properties)) for row in rows)
+        parsed.facts.write_text("".join(f"{line}\n" for line in lines))
     print("\n".join(json.dumps(row) for row in accuracy))
 
 
@@ -79,6 +84,20 @@ def harder(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
         for lower, upper in pairwise(chain):
             sentences.insert(generator.randrange(len(sentences) - 2), f"Each {lower} is a {upper}")
     return row | {"context": ". ".join(sentences)}
+
+
+def with_facts(row: dict[str, Any], properties: bool) -> dict[str, Any]:
+    """The row with a field for each concept, whether the subject is one, and for each property that follows."""
+    ((subject, _, _),) = facts(row["question"].removeprefix("True or false: "))
+    known, is_a = facts(row["context"]), {subject}
+    concepts = CONCEPTS & {word for lower, _, upper in known for word in (lower, upper)}
+    while new := {upper for lower, no, upper in known if lower in is_a and not no and upper in concepts} - is_a:
+        is_a |= new
+    answers = {"answer": row["answer"], **{concept: str(concept in is_a) for concept in sorted(concepts)}}
+    if properties:
+        answers |= {word: str(not no) for lower, no, word in known if lower in is_a and word not in concepts}
+    kept = {name: value for name, value in row.items() if name != "steps"}
+    return kept | {"fields": list(answers), "answer": answers}
 
 
 def facts(text: str) -> list[tuple[str, bool, str]]:

@@ -16,7 +16,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 
 import trm
-from prontoqa_shortcut import by_rule, facts, harder
+from prontoqa_shortcut import by_rule, facts, harder, with_facts
 
 CONTEXT = (
     "Numpuses are not wooden. Each yumpus is wooden. Shumpuses are numpuses. A vumpus is a shumpus. Max is a vumpus."
@@ -34,6 +34,15 @@ def test_one_look_back_answers_prontoqa_until_the_distractor_is_mentioned(asked,
     subjects, predicates = {subject for subject, *_ in added}, {predicate for *_, predicate in added}
     assert "yumpus" in predicates and not subjects & {"vumpus", "shumpus", "numpus", "max"}  # nobody is any of them
     assert not predicates & {"vumpus", "shumpus", "numpus"}
+
+
+def test_facts_of_a_story_are_fields_beside_its_answer():
+    row = {"context": CONTEXT, "question": "True or false: Max is not wooden.", "answer": "True", "steps": ["…"]}
+    concepts = {"numpus": "True", "shumpus": "True", "vumpus": "True", "yumpus": "False"}
+    assert with_facts(row, properties=False)["answer"] == {"answer": "True", **concepts}
+    new = with_facts(row, properties=True)
+    assert new["answer"] == {"answer": "True", **concepts, "wooden": "False"} and "steps" not in new
+    assert new["fields"] == list(new["answer"])
 
 
 class Reference(nn.Module):
