@@ -349,9 +349,13 @@ class Backbone:
         return self._text_prompt(token_ids, num_after, reading)
 
     def _text_prompt(self, token_ids: list[int], num_after: int, reading: Prompt) -> TextPrompt:
-        """A prompt whose soft tokens stand behind what it shares with the reading, or behind the question."""
+        """A prompt whose soft tokens stand behind what it shares with the reading, or behind the question.
+
+        What it shares ends with the echo's separator, whatever word the question begins with.
+        """
         self._check_length(token_ids, str(self.tokenizer.decode(reading.memory_ids)))
-        shared = _num_shared(token_ids[:-1], reading.token_ids)
+        limit = reading.memory_start if self.template == "echo" else reading.memory_stop
+        shared = min(_num_shared(token_ids[:-1], reading.token_ids), limit)
         goes_on = shared >= len(token_ids) - max(1, num_after)
         return TextPrompt(token_ids, len(token_ids) - shared if goes_on else max(1, num_after), reading)
 

@@ -220,6 +220,16 @@ def test_suffix_is_found_where_it_became_one_token_with_the_question():
     assert (found.num_tail, found.reading) == (1, prompt.reading)
 
 
+@pytest.mark.parametrize("template", ["echo", "plain"])
+def test_soft_tokens_stand_at_the_same_place_if_a_question_begins_like_the_suffix(template):
+    model = open_gate(writer(template, "\nis above"))
+    questions = ["is above left of B ?", "Where is B ?"]
+    first, second = text_prompts(model, [(None, question) for question in questions])
+    assert first.num_tail == second.num_tail == (2 if template == "echo" else 3)
+    assert model.backbone.text_prompt_of_ids(first.token_ids, "\nis above") == first
+    assert generate_texts(model, questions, **GREEDY) == [model.generate_text(text, **GREEDY) for text in questions]
+
+
 def test_no_token_of_the_prompt_is_computed_twice(monkeypatch):
     """Head, then the rest of the echo up to the highest layer read, then soft tokens and tail: nothing else runs."""
     model = open_gate(writer("echo", " is"))
