@@ -248,6 +248,7 @@ def write(
     if kwargs.get("use_cache", config.use_cache) is False:
         raise ValueError("use_cache=False: the soft tokens lie in the cache; leave it out")
     add_soft_tokens(backbone, read.cache, soft)
+    read.cache.was_read = False  # the passes so far have set it
     output = backbone.model.generate(
         input_ids=input_ids.to(backbone.device),
         attention_mask=attention_mask.to(backbone.device),

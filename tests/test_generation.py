@@ -6,7 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import CHOICES, chain_examples, chatty_llama, open_gate, tiny_reasoner, word_tokenizer
+from conftest import (
+    CHOICES,
+    chain_examples,
+    chatty_llama,
+    open_gate,
+    tiny_llama_config,
+    tiny_reasoner,
+    word_tokenizer,
+)
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -15,11 +23,13 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hybrid.backbone import Backbone
 from hybrid.config import BackboneConfig, TextConfig
@@ -160,6 +170,20 @@ def test_what_cannot_be_shown_soft_tokens_is_refused():
     bloom = BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4)
     with pytest.raises(ValueError, match="takes no position_ids"):
         writer(language_model=BloomForCausalLM(bloom))
+
+
+def test_soft_tokens_that_generation_would_not_see_are_an_error():
+    class Around(LlamaForCausalLM):
+        """Calls its base model in a way that runs no hooks."""
+
+        def forward(self, input_ids=None, logits_to_keep=0, **kwargs):
+            output = self.model.forward(input_ids=input_ids, **kwargs)
+            return CausalLMOutputWithPast(logits=self.lm_head(output.last_hidden_state))
+
+    model = open_gate(writer(language_model=Around(tiny_llama_config())))
+    for _ in range(2):  # by the second time, the hook is there when the prompt is read
+        with pytest.raises(RuntimeError, match="tiny-llama runs its blocks where soft tokens cannot be shown to it"):
+            model.generate_text(QUESTIONS[0], **GREEDY)
 
 
 def test_fields_that_do_not_exist_say_nothing():
