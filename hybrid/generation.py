@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,10 +144,17 @@ def generate_texts(
         ValueError: The head has no text decoder, or several texts a question are asked for.
     """
     check_text_decoder(model)
-    if (kwargs.get("num_return_sequences") or 1) > 1 or kwargs.get("return_dict_in_generate"):
-        raise ValueError("one text a question is returned: use generate for num_return_sequences or a dictionary")
-    if not {"max_new_tokens", "max_length", "generation_config"} & set(kwargs):
-        kwargs["max_new_tokens"] = NUM_TOKENS
+    for name, single in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
+        if (value := _setting(model.backbone, kwargs, name) or single) != single:
+            raise ValueError(f"{name}={value}: one text a question is returned; use generate, or give {name}={single}")
+    config = kwargs.get("generation_config")
+    told = vars(config or GenerationConfig()) | kwargs
+    if told["max_new_tokens"] is None and told["max_length"] is None:
+        if config is None:
+            kwargs["max_new_tokens"] = NUM_TOKENS
+        else:  # transformers wants arguments or a configuration, not both
+            kwargs["generation_config"] = copy.copy(config)
+            kwargs["generation_config"].max_new_tokens = NUM_TOKENS
     asked = fields_asked(model, choices, fields)
     contexts = contexts if contexts is not None else [None] * len(questions)
     all_prompts = text_prompts(model, list(zip(contexts, questions, strict=True)), chat) if questions else []
@@ -244,8 +252,7 @@ def write(
 ) -> Any:
     """`generate` of transformers, from prompts that were read, behind soft tokens."""
     backbone = model.backbone
-    config = kwargs.get("generation_config") or backbone.model.generation_config
-    if kwargs.get("use_cache", config.use_cache) is False:
+    if _setting(backbone, kwargs, "use_cache") is False:
         raise ValueError("use_cache=False: the soft tokens lie in the cache; leave it out")
     add_soft_tokens(backbone, read.cache, soft)
     read.cache.was_read = False  # the passes so far have set it
@@ -258,6 +265,12 @@ def write(
     if not read.cache.was_read:
         raise RuntimeError(f"{backbone.name} runs its blocks where soft tokens cannot be shown to it")
     return output
+
+
+def _setting(backbone: Backbone, kwargs: dict[str, Any], name: str) -> Any:
+    """A setting of `generate`: an argument, else what `generation_config` says, else the model's own."""
+    given = getattr(kwargs.get("generation_config"), name, None)
+    return kwargs.get(name, getattr(backbone.model.generation_config, name) if given is None else given)
 
 
 def write_texts(

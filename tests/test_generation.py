@@ -229,7 +229,37 @@ def test_generation_settings_of_model_and_caller_meet_as_in_transformers():
         model.generate_text(QUESTIONS[0], num_return_sequences=2)
     short = model.generate_text(QUESTIONS[0], generation_config=GenerationConfig(max_new_tokens=2, do_sample=False))
     assert len(short.split()) <= 2
+    for name, value, single in (("num_return_sequences", 2, 1), ("return_dict_in_generate", True, False)):
+        config = GenerationConfig(do_sample=True, max_new_tokens=3, **{name: value})
+        with pytest.raises(ValueError, match=f"{name}={value}: one text a question"):
+            model.generate_text(QUESTIONS[0], generation_config=config)
+        assert isinstance(model.generate_text(QUESTIONS[0], generation_config=config, **{name: single}), str)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(**inputs, generation_config=GenerationConfig(use_cache=False))
     assert generate_texts(model, []) == [] == text_log_likelihoods(model, [], [])
+
+
+@pytest.mark.parametrize(
+    ("how", "most"),
+    [
+        ({}, 64),
+        ({"generation_config": GenerationConfig(eos_token_id=-1)}, 64),
+        ({"generation_config": GenerationConfig(eos_token_id=-1, max_new_tokens=7)}, 7),
+        ({"generation_config": GenerationConfig(eos_token_id=-1), "max_new_tokens": 5}, 5),
+    ],
+)
+def test_texts_have_64_tokens_unless_another_length_is_told(how, most):
+    model, seen = writer(), []
+
+    def notes(input_ids, scores, **kwargs):
+        seen.append(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    model.backbone.model.generation_config.eos_token_id = None
+    model.generate_text(QUESTIONS[0], stopping_criteria=[notes], **how)
+    assert len(seen) == most
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate_text(QUESTIONS[0], max_new_tokens=0)
 
 
 def test_suffix_is_found_where_it_became_one_token_with_the_question():
