@@ -323,7 +323,9 @@ def text_log_likelihoods(
     if not all(encoded):
         raise ValueError(f"continuation {encoded.index([])} is empty: its likelihood is not defined")
     found: dict[int, tuple[float, bool]] = {}
-    for rows in length_batches([len(prompt.reading.token_ids) for prompt in all_prompts], TOKEN_BUDGET):
+    pairs = zip(all_prompts, encoded, strict=True)
+    lengths = [len(prompt.reading.token_ids) + len(ids) for prompt, ids in pairs]
+    for rows in length_batches(lengths, TOKEN_BUDGET):
         with torch.inference_mode():
             prompts = [all_prompts[row] for row in rows]
             read, soft = _read_and_refine(model, prompts, asked, rollouts=1, max_steps=max_steps, halting=halting)

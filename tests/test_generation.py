@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hybrid import generation
 from hybrid.backbone import Backbone
 from hybrid.config import BackboneConfig, TextConfig
 from hybrid.decoder import Field
@@ -319,6 +320,22 @@ def test_batches_and_padding_change_nothing(suffix):
     both = text_log_likelihoods(model, texts, continuations)
     assert [greedy for _, greedy in both] == [greedy for _, greedy in one_by_one]
     assert [value for value, _ in both] == pytest.approx([value for value, _ in one_by_one], abs=1e-4)
+
+
+def test_long_continuations_of_short_prompts_are_no_single_batch(monkeypatch):
+    model, texts = open_gate(writer()), [(None, "Where is A ?")] * 6
+    continuations = [" left of" * number for number in (1, 20, 20, 20, 20, 1)]
+    whole, sizes = text_log_likelihoods(model, texts, continuations), []
+
+    def losses(model, read, soft, token_ids):
+        sizes.append(len(token_ids) * max(map(len, token_ids)))
+        return continuation_losses(model, read, soft, token_ids)
+
+    monkeypatch.setattr(generation, "TOKEN_BUDGET", 100)
+    monkeypatch.setattr(generation, "continuation_losses", losses)
+    found = text_log_likelihoods(model, texts, continuations)
+    assert len(sizes) == 3 and max(sizes) <= 100
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in whole], abs=1e-3)
 
 
 def test_likelihood_of_an_untrained_head_is_that_of_the_language_model():
