@@ -115,7 +115,7 @@ def generate_texts(
     choices: Sequence[str] | None = None,
     fields: Sequence[Field] | None = None,
     chat: bool | None = None,
-    stop: Sequence[str] | None = None,
+    stop: str | Sequence[str] | None = None,
     max_steps: int | None = None,
     halting: str | None = None,
     rollouts: int = 1,
@@ -132,7 +132,7 @@ def generate_texts(
         choices: Options of a question with one answer; by default what the head was trained to answer.
         fields: What is asked, when there are several answers.
         chat: Put questions into the chat template; by default as the head was trained.
-        stop: Texts before which the answer ends.
+        stop: A text, or several, before which the answer ends.
         max_steps: Refinement steps at most.
         halting: `learned`, `convergence` or `never`.
         rollouts: Noisy copies per question.
@@ -158,6 +158,7 @@ def generate_texts(
     asked = fields_asked(model, choices, fields)
     contexts = contexts if contexts is not None else [None] * len(questions)
     all_prompts = text_prompts(model, list(zip(contexts, questions, strict=True)), chat) if questions else []
+    stop = [stop] if isinstance(stop, str) else stop or []
     criteria, texts = list(kwargs.pop("stopping_criteria", [])), {}
     for rows in length_batches([len(prompt.reading.token_ids) for prompt in all_prompts], TOKEN_BUDGET):
         prompts = [all_prompts[row] for row in rows]
@@ -165,9 +166,9 @@ def generate_texts(
             model, prompts, asked, rollouts=rollouts, pick=pick, seed=seed, max_steps=max_steps, halting=halting
         )
         ends = [_StopTexts(model.backbone.tokenizer, prompts, stop)] if stop else []
-        written = write_texts(model, prompts, read, soft, **kwargs, stopping_criteria=[*criteria, *ends])
+        written = write_texts(model, prompts, read, soft, stop, **kwargs, stopping_criteria=[*criteria, *ends])
         texts |= dict(zip(rows, written, strict=True))
-    return [_cut(texts[row], stop or ()) for row in range(len(questions))]
+    return [texts[row] for row in range(len(questions))]
 
 
 class _StopTexts(StoppingCriteria):
@@ -185,7 +186,7 @@ class _StopTexts(StoppingCriteria):
 
 def _cut(text: str, stop: Sequence[str]) -> str:
     """The text before the first of `stop`."""
-    return text[: min((text.find(end) for end in stop if end in text), default=len(text))].rstrip()
+    return text[: min((text.find(end) for end in stop if end in text), default=len(text))]
 
 
 # -- the parts -----------------------------------------------------------------------------------------------------
@@ -274,14 +275,20 @@ def _setting(backbone: Backbone, kwargs: dict[str, Any], name: str) -> Any:
 
 
 def write_texts(
-    model: HybridModel, prompts: Sequence[TextPrompt], read: PromptPass, soft: SoftTokens, **kwargs: Any
+    model: HybridModel,
+    prompts: Sequence[TextPrompt],
+    read: PromptPass,
+    soft: SoftTokens,
+    stop: Sequence[str] = (),
+    **kwargs: Any,
 ) -> list[str]:
-    """What `write` adds to each prompt, as text without special tokens."""
+    """What `write` adds to each prompt before the first of `stop`, as text without special tokens and outer spaces."""
     tokenizer = model.backbone.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     ids, mask = pad_left([prompt.token_ids for prompt in prompts], model.backbone.device, pad=pad)
     output = write(model, ids, mask.long(), read, soft, **kwargs)
-    return [text.strip() for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return [_cut(text, stop).strip() for text in texts]
 
 
 # -- likelihoods ---------------------------------------------------------------------------------------------------

@@ -328,8 +328,10 @@ def answer_batch(
         )
         written: list[str | None] = [None] * len(rows)
         if read is not None:
-            soft, greedy = soft_tokens(model, refined.answer_latent, batch), {"do_sample": False, "num_beams": 1}
-            written[:] = write_texts(model, prompts, read, soft, max_new_tokens=NUM_TOKENS, **greedy)
+            soft = soft_tokens(model, refined.answer_latent, batch)
+            written[:] = write_texts(
+                model, prompts, read, soft, max_new_tokens=NUM_TOKENS, do_sample=False, num_beams=1
+            )
         answers.update((row, _read_answer(refined, i, asked, form, written[i])) for i, row in enumerate(rows))
     return [answers[row] for row in range(len(questions))]
 

@@ -386,6 +386,16 @@ def test_streamer_and_stop_texts():
     word = text.split()[2]
     cut = model.generate_text(QUESTIONS[0], stop=[word], **GREEDY)
     assert cut == text[: text.index(word)].rstrip()
+    assert model.generate_text(QUESTIONS[0], stop=word, **GREEDY) == cut
+
+
+def test_text_that_begins_with_a_stop_text_is_empty():
+    model = writer(suffix="")
+    ids = model.backbone.tokenizer("\nleft of")["input_ids"]
+    start = len(QUESTIONS[1].split())
+    how = GREEDY | {"prefix_allowed_tokens_fn": lambda row, text: [ids[(len(text) - start) % len(ids)]]}
+    assert model.generate_text(QUESTIONS[1], **how).startswith("left of")
+    assert model.generate_text(QUESTIONS[1], stop=["\n left"], **how) == ""
 
 
 def test_chat_template_is_respected():
