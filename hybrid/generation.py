@@ -27,6 +27,7 @@ NUM_TOKENS = 64  # of a text, at most, unless its length is asked for
 def generate(
     model: HybridModel,
     inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -47,6 +48,7 @@ def generate(
     Args:
         model: A head with a text decoder.
         inputs: Prompts, padded on the left, (batch, tokens); or give `input_ids`.
+        generation_config: Settings of transformers; by default the language model's own.
         input_ids: Likewise.
         attention_mask: (batch, tokens); by default, what is not the tokenizer's padding.
         choices: Options of a question with one answer; by default what the head was trained to answer.
@@ -56,8 +58,8 @@ def generate(
         rollouts: Noisy copies per prompt.
         pick: How one copy is chosen, `q` or `vote`.
         seed: Seed of the noise.
-        **kwargs: Everything that `generate` of transformers takes: `max_new_tokens`, `generation_config`,
-            `do_sample`, `num_beams`, `num_return_sequences`, `streamer`, `stopping_criteria`, …
+        **kwargs: Everything that `generate` of transformers takes: `max_new_tokens`, `do_sample`, `num_beams`,
+            `num_return_sequences`, `streamer`, `stopping_criteria`, …
 
     Returns:
         What it returns: token ids of prompt and text, (batch × num_return_sequences, tokens).
@@ -89,7 +91,7 @@ def generate(
         max_steps=max_steps,
         halting=halting,
     )
-    return write(model, ids, attention_mask, read, soft, **kwargs)
+    return write(model, ids, attention_mask, read, soft, generation_config=generation_config, **kwargs)
 
 
 def generate_text(model: HybridModel, question: str, *, context: str | None = None, **kwargs: Any) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hybrid import __version__
@@ -444,11 +444,13 @@ class HybridModel(PreTrainedModel):
 
         return answer(self, question, **kwargs)
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
         """Go on from tokenised prompts; see `hybrid.generation.generate`, where this is written."""
         from hybrid.generation import generate
 
-        return generate(self, inputs, **kwargs)
+        return generate(self, inputs, generation_config, **kwargs)
 
     def generate_text(self, question: str, **kwargs: Any) -> str:
         """Text in, text out; see `hybrid.generation.generate_text`, where this is written."""

@@ -222,6 +222,9 @@ def test_generation_settings_of_model_and_caller_meet_as_in_transformers():
         for how in ({"max_new_tokens": 6}, {"generation_config": GenerationConfig(max_new_tokens=6, do_sample=False)}):
             alone = model.backbone.model.generate(**inputs, **how)
             assert torch.equal(model.generate(**inputs, **how), alone)
+        config = GenerationConfig(max_new_tokens=6, do_sample=False)
+        ids, mask = inputs["input_ids"], {"attention_mask": inputs["attention_mask"]}
+        assert torch.equal(model.generate(ids, config, **mask), alone)
     finally:
         model.backbone.model.generation_config.num_beams = 1
     with pytest.raises(ValueError, match="use_cache=False"):
