@@ -325,21 +325,7 @@ def command_ask(arguments: Sequence[str]) -> None:
     parser.add_argument("head", type=str, help="folder or Hub id of a head")
     parser.add_argument("question", type=str, help="the question, or the whole text with the question at its end")
     parser.add_argument("--context", type=str | None, default=None, help="the text before the question")
-    parser.add_argument("--choices", type=str | None, default=None, help="options, separated by commas")
-    parser.add_argument(
-        "--fields",
-        type=str | None,
-        default=None,
-        help='several fields as JSON, name to options: {"Ann": ["knight", "knave"], "Bob": ["knight", "knave"]}; or '
-        "a list of names, whose options are --choices or those of the head",
-    )
-    parser.add_argument(
-        "--grid",
-        type=str | None,
-        default=None,
-        help="a grid of fields, such as 4x4: r1c1 to r4c4, each one of --choices or of the digits up to the rows",
-    )
-    parser.add_argument("--schema", type=str | None, default=None, help="file with a JSON schema of the answer")
+    _add_asked(parser)
     parser.add_argument("--steps", type=int | None, default=None, help="refinement steps at most")
     parser.add_argument("--halting", type=str | None, default=None, help="learned, convergence or never")
     parser.add_argument("--rollouts", type=int, default=1, help="noisy copies")
@@ -360,17 +346,12 @@ def command_ask(arguments: Sequence[str]) -> None:
         raise ValueError(f"--trace_png {picture}: expected a file that ends in .png")
     asked = _asked(parsed)
     start = time.perf_counter()
-    from hybrid.decoder import Field
     from hybrid.model import HybridModel
     from hybrid.trace import plot_trace, trace_text
 
     imported = time.perf_counter()
     model = HybridModel.from_pretrained(parsed.head)
     loaded = time.perf_counter()
-    if "fields" in asked:
-        default = model.config.choices or ()
-        named = asked["fields"].items()
-        asked["fields"] = [Field(name, default if options is None else options) for name, options in named]
     answer = model.answer(
         parsed.question,
         context=parsed.context,
@@ -378,7 +359,7 @@ def command_ask(arguments: Sequence[str]) -> None:
         halting=parsed.halting,
         rollouts=parsed.rollouts,
         explain=parsed.explain,
-        **asked,
+        **_with_fields(asked, model),
     )
     if parsed.trace:
         print(trace_text(answer, shutil.get_terminal_size((100, 24)).columns))
@@ -404,7 +385,7 @@ def command_generate(arguments: Sequence[str]) -> None:
     parser.add_argument("head", type=str, help="folder or Hub id of a head with a text decoder")
     parser.add_argument("prompt", type=str, help="the question, or the whole text with the question at its end")
     parser.add_argument("--context", type=str | None, default=None, help="the text before the question")
-    parser.add_argument("--choices", type=str | None, default=None, help="options, separated by commas")
+    _add_asked(parser)
     parser.add_argument("--steps", type=int | None, default=None, help="refinement steps at most")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens to write at most")
     parser.add_argument("--temperature", type=float | None, default=None, help="sample; greedy if not given")
@@ -416,11 +397,15 @@ def command_generate(arguments: Sequence[str]) -> None:
             raise ValueError(f"--{flag} {getattr(parsed, flag)}: expected a number > 0")
     if parsed.temperature is not None and parsed.temperature <= 0:
         raise ValueError(f"--temperature {parsed.temperature}: expected a number > 0; leave it out for greedy text")
+    asked = _asked(parsed)
     from transformers import TextStreamer
 
     from hybrid.generation import generate_text
     from hybrid.model import HybridModel
+    from hybrid.schema import read_schema
 
+    if "schema" in asked:
+        asked["fields"] = {field.name: field.options for field in read_schema(asked.pop("schema")).fields}
     model = HybridModel.from_pretrained(parsed.head)
     how: dict[str, Any] = {"do_sample": parsed.temperature is not None, "num_beams": parsed.num_beams}
     if parsed.temperature is not None:
@@ -431,10 +416,10 @@ def command_generate(arguments: Sequence[str]) -> None:
         model,
         parsed.prompt,
         context=parsed.context,
-        choices=_listed(parsed.choices),
         chat=parsed.chat,
         max_steps=parsed.steps,
         max_new_tokens=parsed.max_new_tokens,
+        **_with_fields(asked, model),
         **how,
     )
     if parsed.num_beams > 1:
@@ -445,8 +430,27 @@ def _listed(choices: str | None) -> list[str] | None:
     return [choice.strip() for choice in choices.split(",")] if choices else None
 
 
+def _add_asked(parser: Any) -> None:
+    """Flags that say what is asked, for `_asked` to read."""
+    parser.add_argument("--choices", type=str | None, default=None, help="options, separated by commas")
+    parser.add_argument(
+        "--fields",
+        type=str | None,
+        default=None,
+        help='several fields as JSON, name to options: {"Ann": ["knight", "knave"], "Bob": ["knight", "knave"]}; or '
+        "a list of names, whose options are --choices or those of the head",
+    )
+    parser.add_argument(
+        "--grid",
+        type=str | None,
+        default=None,
+        help="a grid of fields, such as 4x4: r1c1 to r4c4, each one of --choices or of the digits up to the rows",
+    )
+    parser.add_argument("--schema", type=str | None, default=None, help="file with a JSON schema of the answer")
+
+
 def _asked(parsed: Any) -> dict[str, Any]:
-    """What the flags of `hybrid ask` ask: `choices`, `fields` (name → options, `None` for the head's) or `schema`."""
+    """What the flags of `_add_asked` ask: `choices`, `fields` (name → options, `None` for the head's) or `schema`."""
     from pathlib import Path
 
     given = [flag for flag in ("fields", "grid", "schema") if getattr(parsed, flag) is not None]
@@ -467,6 +471,16 @@ def _asked(parsed: Any) -> dict[str, Any]:
     if isinstance(fields, list) or not all(isinstance(options, list | str) for options in fields.values()):
         raise ValueError(f'--fields {parsed.fields}: expected {{"name": ["option", ...], ...}} or ["name", ...]')
     return {"fields": fields, "choices": choices}
+
+
+def _with_fields(asked: dict[str, Any], model: Any) -> dict[str, Any]:
+    """What `_asked` found, for a head: its own options where none are given."""
+    from hybrid.decoder import Field
+
+    if "fields" not in asked:
+        return asked
+    default, named = model.config.choices or (), asked["fields"].items()
+    return asked | {"fields": [Field(name, default if options is None else options) for name, options in named]}
 
 
 def _grid_fields(size: str, choices: list[str] | None) -> dict[str, list[str]]:

@@ -362,7 +362,8 @@ def fields_asked(
         asked = tuple(Field(name, options) for name, options in own.items())
     else:
         raise ValueError(
-            "this head has no default choices: give choices, fields or a schema (flags of `hybrid ask`, too)"
+            "this head has no default choices: give choices, fields or a schema (flags of `hybrid ask` and "
+            "`hybrid generate`, too)"
         )
     if own is not None and (new := [field.name for field in asked if field.name not in own]):
         warnings.warn(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import tiny_model, tiny_run
+from conftest import CHOICES, tiny_model, tiny_run
 from test_training import write_data
 
 from hybrid.backbone import Backbone
@@ -117,12 +117,29 @@ def test_train_and_generate(config_file, tmp_path, capsys):
     main(["generate", head, question, "--max_new_tokens", "5", "--num_beams", "2"])
     assert len(capsys.readouterr().out.splitlines()) == 1
     main(["generate", head, question, "--temperature", "0.7", "--choices", "left, right", "--steps", "1"])
+    main(["generate", head, question, "--grid", "2x2", "--max_new_tokens", "2"])
     main(["ask", head, question, "--explain"])
     assert capsys.readouterr().out.splitlines()[-2].endswith("steps)")  # then what is written
     assert "--max_new_tokens 0" in error_of(capsys, "generate", head, question, "--max_new_tokens", "0")
     assert "--num_beams 0" in error_of(capsys, "generate", head, question, "--num_beams", "0")
     assert "--temperature 0.0" in error_of(capsys, "generate", head, question, "--temperature", "0")
     assert "no chat template" in error_of(capsys, "generate", head, question, "--chat")
+
+
+def test_generate_asks_for_what_ask_asks_for(head, tmp_path, monkeypatch):
+    def fields(*flags: str):
+        main(["generate", head, "A says B is a knave .", *flags])
+        return {field.name: field.options for field in asked.pop("fields")}
+
+    asked: dict = {}
+    monkeypatch.setattr("hybrid.generation.generate_text", lambda model, prompt, **kwargs: asked.update(kwargs))
+    assert fields("--fields", '{"A": ["knight", "knave"], "B": "yn"}') == {"A": ("knight", "knave"), "B": ("y", "n")}
+    assert fields("--fields", '["A"]') == {"A": CHOICES}  # those of the head
+    assert fields("--grid", "1x2", "--choices", "a,b") == {"r1c1": ("a", "b"), "r1c2": ("a", "b")}
+    (tmp_path / "schema.json").write_text('{"properties": {"left": {"type": "boolean"}}}')
+    assert fields("--schema", str(tmp_path / "schema.json")) == {"left": ("true", "false")}
+    main(["generate", head, "A ?", "--choices", "left, right"])
+    assert asked["choices"] == ["left", "right"] and "fields" not in asked
 
 
 def test_eval_of_a_released_head_on_a_file_of_ones_own(config_file, tmp_path, capsys, monkeypatch):
