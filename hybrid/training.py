@@ -758,6 +758,10 @@ def load_weights(model: HybridModel, folder: Path) -> None:
                     f"training.start_from={str(folder)!r} has {section}.{key}={other[section][key]!r}, and this run "
                     f"{own[section][key]!r}: use the same"
                 )
+    if other["text"]["enabled"] and model.text_decoder is None:
+        raise ValueError(
+            f"text.enabled=false, but training.start_from={str(folder)!r} has a text decoder: set text.enabled=true"
+        )
     if other["known_options"] != own["known_options"]:
         raise ValueError(f"training.start_from={str(folder)!r} was trained on other options than these data have")
     model.load_state_dict(model.state_dict() | load_file(folder / "model.safetensors"))

@@ -481,13 +481,16 @@ def test_fields_that_all_questions_ask_are_the_default(folder, backbone):
 
 
 def test_start_from_another_head_is_checked(folder, backbone):
-    first = train(tiny_run(folder, num_updates=2), backbone=backbone)
+    first = train(tiny_run(folder, TextConfig(enabled=True), num_updates=2), backbone=backbone)
     config = tiny_run(folder, num_updates=2, output_folder=str(folder / "other"), start_from=str(first))
     config.reasoner = tiny_reasoner(intermediate_size=32)
     with pytest.raises(ValueError, match=r"has reasoner.intermediate_size=48, and this run 32: use the same"):
         train(config, backbone=backbone)
     config.reasoner = tiny_reasoner(rotary=True)  # no weight has another shape
     with pytest.raises(ValueError, match=r"has reasoner.rotary=False, and this run True"):
+        train(config, backbone=backbone)
+    config.reasoner = tiny_reasoner()
+    with pytest.raises(ValueError, match=r"text\.enabled=false, but .* has a text decoder: set text\.enabled=true"):
         train(config, backbone=backbone)
     config.training.start_from = str(folder)
     with pytest.raises(ValueError, match=r"has no config\.json"):
