@@ -220,7 +220,8 @@ def _own_accuracy(head: HybridLM, tasks: Sequence[ConfigurableTask], results: Ma
             examples.append(example)
             num_documents -= len(example.fields)
         embedded = embed_examples(FeatureConfig(), head.model.backbone, {"asked": examples})["asked"]
-        row = accuracy_row(run_steps(head.model, embedded, max_steps).right_when_halted(max_steps))
+        record = run_steps(head.model, embedded, max_steps)
+        row = accuracy_row(record.when_halted(record.right, max_steps))
         metric = "acc" if embedded.num_fields == 1 else "whole answer"
         found[task.task_name] = {
             f"{metric},none": row["accuracy"], f"{metric}_stderr,none": row["stderr"], "sample_len": row["n"]

@@ -89,9 +89,9 @@ class StepRecord:
         wants = self.wants_halt[:max_steps]
         return torch.where(wants.any(0), wants.int().argmax(0) + 1, max_steps)
 
-    def right_when_halted(self, max_steps: int) -> Tensor:
-        """Whether the answer at the halting step is right, (examples,)."""
-        return self.right.gather(0, (self.steps_used(max_steps) - 1)[None])[0]
+    def when_halted(self, values: Tensor, max_steps: int) -> Tensor:
+        """Values (steps, examples) such as `right` at the halting step of each example, (examples,)."""
+        return values.gather(0, (self.steps_used(max_steps) - 1)[None])[0]
 
 
 @torch.inference_mode()
@@ -198,7 +198,7 @@ def _auroc(belief: Tensor, right: Tensor) -> float | None:
 
 def summarize(record: StepRecord, examples: Sequence[Example], steps: Sequence[int], max_steps: int) -> dict[str, Any]:
     """The figures of a result file."""
-    halted = record.right_when_halted(max_steps)
+    halted = record.when_halted(record.right, max_steps)
     used = record.steps_used(max_steps).float()
     return {
         "accuracy_by_depth": by_depth(halted, examples),
@@ -206,7 +206,7 @@ def summarize(record: StepRecord, examples: Sequence[Example], steps: Sequence[i
             {"steps": step, "by_depth": by_depth(record.right[step - 1], examples)} for step in steps
         ],
         "movement_by_steps": [round(float(step.mean()), 6) for step in record.movement],
-        "field_accuracy": float(record.fields_right[max_steps - 1].mean()),
+        "field_accuracy": float(record.when_halted(record.fields_right, max_steps).mean()),
         "mean_steps_used": float(used.mean()),
         "mean_steps_used_by_depth": {
             str(depth): float(used[torch.tensor([e.depth == depth for e in examples])].mean())

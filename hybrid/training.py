@@ -520,7 +520,7 @@ class Trainer:
                 if self.model.text_decoder is not None:
                     chosen = range(0, len(self.valid), math.ceil(len(self.valid) / MAX_WRITTEN))
                     written["valid_written"] = float(run_text(self.model, self.valid, chosen).float().mean())
-            halted = record.right_when_halted(max_steps)
+            halted = record.when_halted(record.right, max_steps)
             accuracy = float(halted.float().mean())
             depths = {str(row["depth"]): round(row["accuracy"], 4) for row in by_depth(halted, self.valid.examples)}
             steps = float(record.steps_used(max_steps).float().mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hybrid.evaluation import (
     provenance,
     run_rollouts,
     run_steps,
+    summarize,
     wilson_interval,
     write_results,
 )
@@ -53,9 +55,14 @@ def record() -> StepRecord:
 
 def test_halting_is_read_off_the_run_without_halting():
     assert record().steps_used(3).tolist() == [1, 2, 3]
-    assert record().right_when_halted(3).tolist() == [True, True, True]
+    assert record().when_halted(record().right, 3).tolist() == [True, True, True]
     assert record().steps_used(2).tolist() == [1, 2, 2]
-    assert record().right_when_halted(2).tolist() == [True, True, False]
+    assert record().when_halted(record().right, 2).tolist() == [True, True, False]
+
+
+def test_cells_are_counted_where_the_answer_halts():
+    later = replace(record(), fields_right=torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.7, 0.0], [0.0, 0.0, 0.9]]))
+    assert summarize(later, chain_examples(3), [1], 3)["field_accuracy"] == pytest.approx(0.7)
 
 
 def test_calibration_of_a_head_that_knows_and_one_that_does_not():
@@ -82,7 +89,7 @@ def test_recorded_steps_equal_the_run_with_halting(model, embedded):
     live = refine(model, hidden_states, mask, fields, max_steps=3, halting="learned")
     assert live.steps.tolist() == recorded.steps_used(3).tolist()
     right = (live.scores.argmax(-1) == labels).all(1)
-    assert right.tolist() == recorded.right_when_halted(3).tolist()
+    assert right.tolist() == recorded.when_halted(recorded.right, 3).tolist()
 
 
 def test_rollouts_are_counted_from_the_same_copies(model, embedded):
