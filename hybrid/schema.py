@@ -173,7 +173,9 @@ def _template(place: _Place) -> Any:
         return _object(place)
     if place.forms() == ["array"]:
         return _list(place)
-    values = {json.dumps(value): value for value in _values(place)}  # in Python 1 equals True
+    values: dict[str, Any] = {}
+    for value in _values(place):
+        values.setdefault(_text(value), value)
     texts = [value if isinstance(value, str) else text for text, value in values.items()]
     name = ".".join(place.path) or ROOT_NAME
     if not values:
@@ -214,6 +216,16 @@ def _list(place: _Place) -> list[Any]:
     return [_template(place.at(schema, str(number))) for number, schema in enumerate(schemas)]
 
 
+def _text(value: Any) -> str:
+    """A value as JSON, the same for 1 and 1.0, which JSON Schema takes for equal; in Python 1 equals True, too."""
+    return json.dumps(json.loads(json.dumps(value), parse_float=_number))
+
+
+def _number(digits: str) -> float | int:
+    number = float(digits)
+    return int(number) if number.is_integer() else number
+
+
 def _values(place: _Place) -> list[Any]:
     """The values that a schema allows, if they are finitely many."""
     schema, forms = place.schema, place.forms()
@@ -230,8 +242,8 @@ def _values(place: _Place) -> list[Any]:
         branches = [_values(place.at(branch)) for branch in place.get(forms[0], list)]
         values = [value for branch in branches for value in branch]
         if forms == ["oneOf"]:
-            counts = Counter(text for branch in branches for text in set(map(json.dumps, branch)))
-            values = [value for value in values if counts[json.dumps(value)] == 1]
+            counts = Counter(text for branch in branches for text in set(map(_text, branch)))
+            values = [value for value in values if counts[_text(value)] == 1]
     types = schema.get("type", [])
     types = set(types if isinstance(types, list) else [types])
     return [value for value in values if not types or types & _types_of(value)]
