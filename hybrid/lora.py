@@ -42,7 +42,7 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
         resume: Go on from the last checkpoint in `training.output_folder`.
 
     Raises:
-        ValueError: The folder holds a run already, or none to go on with.
+        ValueError: The folder holds a run already, or none to go on with; or the batch does not divide into parts.
     """
     settings, folder = config.training, Path(config.training.output_folder)
     has_checkpoint = any(folder.glob("checkpoint-*"))
@@ -52,13 +52,15 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
             if resume
             else f"{folder} holds a run already: go on with --resume, or give another training.output_folder"
         )
+    rows_at_once = min(ROWS_AT_ONCE, settings.batch_size)
+    if settings.batch_size % rows_at_once:
+        raise ValueError(f"training.batch_size={settings.batch_size}: expected a multiple of {rows_at_once} for LoRA")
     examples = load_examples(config.data, "train")
     backbone = load_backbone(config.backbone)
     torch.manual_seed(settings.seed)
     adapters = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(backbone.model, adapters)
     model.print_trainable_parameters()
-    rows_at_once = min(ROWS_AT_ONCE, settings.batch_size)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ def test_lora_goes_on_from_its_checkpoint(config, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds a run already: go on with --resume"):
         train_lora(config)
     config.training.output_folder = str(tmp_path / "stopped")
+    with pytest.raises(ValueError, match="training.batch_size=24: expected a multiple of 16"):
+        train_lora(replace(config, training=replace(config.training, batch_size=24)))
     with pytest.raises(ValueError, match="holds no checkpoint"):
         train_lora(config, resume=True)
 
