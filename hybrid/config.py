@@ -177,7 +177,7 @@ class DataConfig:
             (`question: "How is {query} related?"`). Columns not named keep their own names.
         choices: Options for rows that bring none. Where answers are truth values and neither option is `yes` or
             `true`, the first option is false and the second true.
-        train_split: Name of the training split.
+        train_split: Name of the training split, or of several (`easy+hard`).
         valid_split: Split on which choices are made (checkpoints, steps). Where the source has none, that many
             rows can be cut from the training split: `train[-1000:]` takes them from a fixed shuffle that spreads the
             depths, not from the end of the file.

@@ -94,6 +94,7 @@ def _role_examples(config: DataConfig, role: str) -> list[Example]:
     if config.path or config.hub_id:
         splits = read_path(Path(config.path).expanduser()) if config.path else _read_hub(config)
         found = {each: _find_split(config, each, splits) for each in ROLES}
+        splits |= {name: _joined(splits, name) for name, _ in found.values() if set(name.split("+")) <= set(splits)}
     else:
         splits = {each: _generate(config, each) for each in {"train", role}}
         found = {each: (each, None) for each in ROLES}
@@ -106,7 +107,9 @@ def _role_examples(config: DataConfig, role: str) -> list[Example]:
     train_rows, taken = splits.get(found["train"][0], []), []
     examples = _to_examples(config, name, splits[name], train_rows)
     for other, other_bounds in (found[each] for each in ROLES[: ROLES.index(role)]):
-        taken += _cut(examples, other_bounds) if other == name and other_bounds else []
+        if other_bounds and set(other.split("+")) & set(name.split("+")):
+            rows = examples if other == name else _to_examples(config, other, splits[other], train_rows)
+            taken += _cut(rows, other_bounds)
     if config.path is None and config.hub_id is None and role != "train":  # generated questions can coincide
         taken = _to_examples(config, "train", train_rows, train_rows)
     texts = {(example.context, example.question) for example in taken}
@@ -122,6 +125,13 @@ def _find_split(config: DataConfig, role: str, present: Iterable[str]) -> tuple[
     if name not in present and name in VALID_NAMES:
         name = next((other for other in VALID_NAMES if other in present), name)
     return name, (start, stop) if "[" in value else None
+
+
+def _joined(splits: Mapping[str, Rows], name: str) -> Rows:
+    """The rows of a split, or of several: `easy+hard`."""
+    if name in splits:
+        return splits[name]
+    return datasets.concatenate_datasets([cast(datasets.Dataset, splits[part]) for part in name.split("+")])
 
 
 def _cut(examples: list[Example], bounds: Bounds | None) -> list[Example]:

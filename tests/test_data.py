@@ -97,6 +97,16 @@ def test_slices_are_spread_over_depths_and_kept_from_training(tmp_path, valid_sp
     assert valid == load(numbered(40), tmp_path, "valid", valid_split=valid_split, seed=7)  # no seed sees another's
 
 
+def test_splits_are_joined_and_what_a_slice_took_of_one_stays_away(tmp_path):
+    rows = [{**row, "split": "easy" if n < 30 else "hard"} for n, row in enumerate(numbered(80))]
+    settings = {"train_split": "easy+hard", "valid_split": "hard[-10:]"}
+    train, valid = (load(rows, tmp_path, role, **settings) for role in ("train", "valid"))
+    assert len(train) == 70 and len(valid) == 10 and not questions(train) & questions(valid)
+    assert questions(load(rows, tmp_path, "train", train_split="easy")) < questions(train)
+    with pytest.raises(ValueError, match=r"data.train_split='easy\+harder': there are \['easy', 'hard'\]"):
+        load(rows, tmp_path, "train", train_split="easy+harder")
+
+
 def test_a_slice_has_each_depth_by_its_share(tmp_path):
     rows = [{**ROW, "question": f"Question {n}?", "depth": 1 if n < 30 else 2} for n in range(40)]
     assert by_depth(load(rows, tmp_path, "valid", valid_split="train[-20%:]")) == {1: 6, 2: 2}
