@@ -331,8 +331,12 @@ def _generate(config: DataConfig, role: str) -> list[dict[str, Any]]:
 
 
 def sudoku_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a puzzle (lists of lines, 0 where a cell is empty; `num_empty`) in the canonical columns."""
-    puzzle = "\n".join(" ".join(str(digit or "_") for digit in line) for line in row["puzzle"])
+    """Write a puzzle (lists of lines, 0 where a cell is empty; `num_empty`) in the canonical columns.
+
+    9×9 grids have one digit a cell and no spaces (`530070000`): where each digit is a token, all cells are alike.
+    """
+    space, empty = (" ", "_") if len(row["puzzle"]) < 9 else ("", "0")
+    puzzle = "\n".join(space.join(str(digit or empty) for digit in line) for line in row["puzzle"])
     cells = {f"r{r}c{c}": str(x) for r, line in enumerate(row["solution"], 1) for c, x in enumerate(line, 1)}
     fields = [{"name": cell, "options": [str(x + 1) for x in range(len(row["puzzle"]))]} for cell in cells]
     question = "Which digit belongs in each cell of this Sudoku?"

@@ -4,14 +4,16 @@
 
 Model, loss and halting are those of a checkout of SamsungSAILMontreal/TinyRecursiveModels, with the sizes of its
 Sudoku recipe: 512 wide, two layers that mix cells by an MLP, n = 6, T = 3, at most 16 steps, decay 1, EMA .999. What
-differs: AdamW instead of AdamATan2 (which needs CUDA), no puzzle embedding (there is one task), a warm-up of 100
-updates instead of 2,000; batch, learning rate and recursion as given. It reads digits, not text.
+differs: AdamW instead of AdamATan2 (which needs CUDA), no puzzle embedding (there is one task), a warm-up of 20
+updates instead of 2,000, an average that is short at first, as in `training.py`; batch, learning rate and recursion as
+given. It reads digits, not text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 import time
@@ -20,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from hybrid.backbone import native_dtype
 from hybrid.cli import run_config
@@ -29,7 +32,8 @@ from hybrid.evaluation import by_depth, provenance, write_results
 
 SAVE_EVERY = 50
 LOG_EVERY = 20
-WARMUP = 100
+WARMUP = 20
+EMA_DECAY = 0.999
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     examples = load_examples(config.data, parsed.split)
     torch.manual_seed(config.training.seed)
     model, sizes = reference_model(parsed, num_digits=len(examples[0].fields[0].options))
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    average = AveragedModel(model, avg_fn=moving_average)
     seconds, update = train(model, average, load_examples(config.data, "train"), parsed)
     start = time.monotonic()
     right, cells = answer(average.module, examples, parsed.batch_size)
@@ -86,6 +90,12 @@ def reference_model(parsed: argparse.Namespace, num_digits: int) -> tuple[Any, d
     return ACTLossHead(TinyRecursiveReasoningModel_ACTV1(sizes), loss_type="stablemax_cross_entropy"), sizes
 
 
+def moving_average(average: Tensor, current: Tensor, num_updates: Tensor | int) -> Tensor:
+    """The mean of the weights after one more update; of few updates it remembers few."""
+    decay = min(EMA_DECAY, (1 + int(num_updates)) / (10 + int(num_updates)))
+    return average.lerp(current, 1 - decay)
+
+
 def train(model: Any, average: Any, examples: Sequence[Example], parsed: argparse.Namespace) -> tuple[float, int]:
     """One refinement step for every row of the batch per update, until the time is over; returns time and updates."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=1.0)
@@ -102,7 +112,7 @@ def train(model: Any, average: Any, examples: Sequence[Example], parsed: argpars
         log.write_text("".join(f"{line}\n" for line in lines))
     start, rows = time.monotonic() - spent, batches(examples, parsed.batch_size, skip=update)
     model.train()
-    while (seconds := time.monotonic() - start) < parsed.seconds:
+    while time.monotonic() - start < parsed.seconds:
         batch, update = next(rows), update + 1
         carry = model.initial_carry(batch) if carry is None else carry
         carry, loss, metrics, *_ = model(return_keys=[], carry=carry, batch=batch)
@@ -113,18 +123,19 @@ def train(model: Any, average: Any, examples: Sequence[Example], parsed: argpars
         optimizer.zero_grad()
         average.update_parameters(model)
         sums = {key: total + float(metrics[key]) for key, total in sums.items()}
+        spent = time.monotonic() - start
         if update % LOG_EVERY == 0:
             count = max(sums["count"], 1.0)
-            line = {"update": update, "loss": sums["lm_loss"] / LOG_EVERY / parsed.batch_size, "seconds": seconds}
+            line = {"update": update, "loss": sums["lm_loss"] / LOG_EVERY / parsed.batch_size, "seconds": spent}
             line |= {"rows_finished": sums["count"], "accuracy": sums["exact_accuracy"] / count}
             line |= {"cells": sums["accuracy"] / count}
             sums = dict.fromkeys(sums, 0.0)
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        if update % SAVE_EVERY == 0:
+        if update % SAVE_EVERY == 0 or spent >= parsed.seconds:
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"update": update, "seconds": seconds, "carry": carry}, checkpoint)
-    return seconds, update
+            torch.save(state | {"update": update, "seconds": spent, "carry": carry}, checkpoint)
+    return spent, update
 
 
 def batches(examples: Sequence[Example], size: int, skip: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -143,7 +154,9 @@ def batches(examples: Sequence[Example], size: int, skip: int) -> Iterator[dict[
 
 def encoded(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     """Puzzles and solutions as the reference code has them, (examples, cells), and the one task, (examples,)."""
-    puzzles = [[1 if cell == "_" else int(cell) + 1 for cell in str(e.context).split()] for e in examples]
+    puzzles = [
+        [1 if cell in "_0" else int(cell) + 1 for cell in re.findall(r"[_\d]", str(e.context))] for e in examples
+    ]
     solutions = [[int(digit) + 1 for digit in example.answers] for example in examples]
     tasks = torch.zeros(len(examples), dtype=torch.long)
     return {"inputs": torch.tensor(puzzles), "labels": torch.tensor(solutions), "puzzle_identifiers": tasks}
