@@ -479,8 +479,9 @@ def _with_fields(asked: dict[str, Any], model: Any) -> dict[str, Any]:
 
     if "fields" not in asked:
         return asked
-    default, named = model.config.choices or (), asked["fields"].items()
-    return asked | {"fields": [Field(name, default if options is None else options) for name, options in named]}
+    own, choices = model.config.fields or {}, model.config.choices or ()
+    options = {name: own.get(name, choices) if given is None else given for name, given in asked["fields"].items()}
+    return asked | {"fields": [Field(*named) for named in options.items()]}
 
 
 def _grid_fields(size: str, choices: list[str] | None) -> dict[str, list[str]]:

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("head", type=Path)
     parser.add_argument("--data")
-    parser.add_argument("--split", default="valid", choices=["valid", "test"])
+    parser.add_argument("--split", default="valid", help="valid, test, or the name of another split of the data")
     parser.add_argument("--lora", type=Path)
     parser.add_argument("--max_examples", type=int)
     parser.add_argument("--output", type=Path, required=True)
@@ -48,7 +48,9 @@ def main(arguments: Sequence[str]) -> None:
     config, _ = run_config([str(parsed.head / "run.yaml")], "eval")
     config.data.path = parsed.data or config.data.path
     config.data.max_eval_examples = parsed.max_examples
-    examples, model = load_examples(config.data, parsed.split), HybridModel.from_pretrained(parsed.head)
+    role = parsed.split if parsed.split in ("valid", "test") else "test"
+    config.data.test_split = config.data.test_split if parsed.split == role else parsed.split
+    examples, model = load_examples(config.data, role), HybridModel.from_pretrained(parsed.head)
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "split": parsed.split,

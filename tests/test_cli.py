@@ -140,6 +140,10 @@ def test_generate_asks_for_what_ask_asks_for(head, tmp_path, monkeypatch):
     assert fields("--schema", str(tmp_path / "schema.json")) == {"left": ("true", "false")}
     main(["generate", head, "A ?", "--choices", "left, right"])
     assert asked["choices"] == ["left", "right"] and "fields" not in asked
+    grid = HybridModel.from_pretrained(head)
+    grid.config.fields = {"r1c1": ["1", "2"]}
+    monkeypatch.setattr(HybridModel, "from_pretrained", lambda folder: grid)
+    assert fields("--fields", '["r1c1", "A"]') == {"r1c1": ("1", "2"), "A": CHOICES}
 
 
 def test_eval_of_a_released_head_on_a_file_of_ones_own(config_file, tmp_path, capsys, monkeypatch):

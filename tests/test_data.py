@@ -97,6 +97,11 @@ def test_slices_are_spread_over_depths_and_kept_from_training(tmp_path, valid_sp
     assert valid == load(numbered(40), tmp_path, "valid", valid_split=valid_split, seed=7)  # no seed sees another's
 
 
+def test_an_answer_in_words_is_read_beside_the_answer(tmp_path):
+    first, second = load([{**ROW, "answer_text": "It is a."}, {**ROW, "question": "And?"}], tmp_path)
+    assert (first.answer_text, first.answers, second.answer_text) == ("It is a.", ("a",), None)
+
+
 def test_splits_are_joined_and_what_a_slice_took_of_one_stays_away(tmp_path):
     rows = [{**row, "split": "easy" if n < 30 else "hard"} for n, row in enumerate(numbered(80))]
     settings = {"train_split": "easy+hard", "valid_split": "hard[-10:]"}

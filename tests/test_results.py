@@ -11,11 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from conftest import CHOICES, tiny_run
+from test_training import write_data
 from torch import nn
+
+from hybrid.backbone import load_backbone
+from hybrid.config import BackboneConfig, TextConfig, to_plain
+from hybrid.model import HybridModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 
 import trm
+import written
 from prontoqa_shortcut import by_rule, facts, harder, with_facts
 
 CONTEXT = (
@@ -43,6 +51,45 @@ def test_facts_of_a_story_are_fields_beside_its_answer():
     new = with_facts(row, properties=True)
     assert new["answer"] == {"answer": "True", **concepts, "wooden": "False"} and "steps" not in new
     assert new["fields"] == list(new["answer"])
+
+
+def test_an_untrained_text_decoder_writes_and_expects_what_the_model_does(backbone_folder, tmp_path, monkeypatch):
+    write_data(tmp_path)
+    data = tmp_path / "data.jsonl"
+    data.write_text(data.read_text().replace('"split": "test"', '"split": "hard"'))
+    config = tiny_run(tmp_path, text=TextConfig(enabled=True))
+    config.backbone = BackboneConfig(name_or_path=str(backbone_folder), layers=[0, 1, 2], dtype="float32")
+    model = HybridModel.from_backbone(
+        load_backbone(config.backbone),
+        backbone_config=config.backbone,
+        reasoner=config.reasoner,
+        text=config.text,
+        choices=CHOICES,
+    )
+    model.save_pretrained(tmp_path / "head")
+    (tmp_path / "head" / "run.yaml").write_text(yaml.safe_dump(to_plain(config)))
+    for name, value in {"NUM_PASSAGES": 3, "PASSAGE": 120}.items():
+        monkeypatch.setattr(written, name, value)
+    written.main(
+        [
+            str(tmp_path / "head"),
+            "--max_examples",
+            "6",
+            "--split",
+            "hard",
+            "--output",
+            str(tmp_path / "out" / "written.json"),
+        ]
+    )
+    results = json.loads((tmp_path / "out" / "written.json").read_text())
+    frozen, steered = results["exact_match"]
+    assert frozen["examples"] == steered["examples"] and steered["accuracy_by_depth"][-1]["n"] == 6
+    assert results["unrelated"]["n"] == 3 and results["unrelated"]["change"] == 0.0
+
+
+def test_an_answer_is_right_word_for_word_up_to_its_last_line():
+    assert written.is_answer(" left.\nWhat", "left") and written.is_answer("1 2 \n3 4\n\n", "1 2\n3 4")
+    assert not written.is_answer("lefty", "left") and not written.is_answer("1 2", "1 2\n3 4")
 
 
 class Reference(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from hybrid.backbone import Backbone
 from hybrid.baselines import option_log_likelihoods, zero_shot
 from hybrid.batches import embed_examples
-from hybrid.config import BackboneConfig, FeatureConfig, RecursionStage
+from hybrid.config import BackboneConfig, FeatureConfig, RecursionStage, TextConfig
 from hybrid.data import load_examples
 from hybrid.model import HybridModel
 from hybrid.quickstart import quickstart_config
@@ -84,6 +84,21 @@ def test_cached_states_equal_live_states(smollm2, tmp_path):
         assert error < 0.02, error  # bfloat16 passes of different batches differ in the last bits
 
 
+@pytest.mark.parametrize("template", ["echo", "plain"])
+def test_an_untrained_head_writes_what_the_model_writes_token_for_token(smollm2, template):
+    config = BackboneConfig(template=template)
+    backbone = smollm2.with_settings(smollm2.layers, template)
+    model = HybridModel.from_backbone(backbone, backbone_config=config, text=TextConfig(enabled=True)).eval()
+    backbone.tokenizer.padding_side = "left"
+    questions = ["The capital of France is", "P is above Q. Q is to the left of R. Where is P relative to R?\nAnswer:"]
+    inputs = backbone.tokenizer(questions, return_tensors="pt", padding=True)
+    for how in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True, "top_k": 50}):
+        torch.manual_seed(0)
+        alone = smollm2.model.generate(**inputs, **how, max_new_tokens=24)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**inputs, **how, max_new_tokens=24), alone)
+
+
 def test_readme_example_runs_on_the_quickstart_head(tmp_path):
     head = ROOT / "runs" / "quickstart" / "best"
     if not head.exists():
@@ -93,10 +108,9 @@ def test_readme_example_runs_on_the_quickstart_head(tmp_path):
     code = "\n".join(blocks)
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
     for path in ("mini_sudoku_smollm2/schema.txt", "stepgame_text_smollm2/example.txt"):
-        assert set((ROOT / "results" / path).read_text().splitlines()) <= set(lines)
-    value, _, steps = lines[1].split()
+        assert (ROOT / "results" / path).read_text() in run.stdout
+    value, _, steps = next(line for line in run.stdout.splitlines() if "." in line and line.count(" ") == 2).split()
     assert value in "above below left right upper-left upper-right lower-left lower-right overlap".split()
     assert int(steps) >= 1
     ask = [sys.executable, "-m", "hybrid", "ask", str(head), "A is left of B. What is the relation of A to B?"]
