@@ -206,6 +206,7 @@ def summarize(record: StepRecord, examples: Sequence[Example], steps: Sequence[i
             {"steps": step, "by_depth": by_depth(record.right[step - 1], examples)} for step in steps
         ],
         "movement_by_steps": [round(float(step.mean()), 6) for step in record.movement],
+        "num_fields": max(len(example.fields) for example in examples),
         "field_accuracy": float(record.when_halted(record.fields_right, max_steps).mean()),
         "mean_steps_used": float(used.mean()),
         "mean_steps_used_by_depth": {
@@ -268,7 +269,10 @@ COSTS = {
 
 
 def accuracy_lines(results: dict[str, Any], *others: dict[str, Any]) -> str:
-    """Result files as a Markdown table: head, baselines and others, a row per depth, then what each costs."""
+    """Result files as a Markdown table: head, baselines and others, a row per depth, then what each costs.
+
+    Answers of several fields are whole answers; the share of single fields that are right has a row of its own.
+    """
     systems: list[dict[str, Any]] = [{"name": "head", **results}, *results.get("baselines", []), *others]
     names = [system["name"] for system in systems]
     lines = ["| depth | n | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(systems)]
@@ -281,6 +285,9 @@ def accuracy_lines(results: dict[str, Any], *others: dict[str, Any]) -> str:
             low, high = other["interval"]
             cells.append(f"{other['accuracy']:.3f} ({low:.3f}–{high:.3f})")
         lines.append(f"| {row['depth']} | {row['n']} | " + " | ".join(cells) + " |")
+    if results.get("num_fields", 1) > 1:
+        cells = [f"{system['field_accuracy']:.3f}" if "field_accuracy" in system else "–" for system in systems]
+        lines.append("| single fields | | " + " | ".join(cells) + " |")
     for name, (key, form) in COSTS.items():
         cells = [form.format(system[key]) if system.get(key) is not None else "–" for system in systems]
         if set(cells) != {"–"}:

@@ -66,6 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         "num_updates": update,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "milliseconds_per_question": 1000 * (time.monotonic() - start) / len(examples),
+        "num_fields": len(examples[0].fields),
         "field_accuracy": cells,
         "accuracy_by_depth": by_depth(right, examples),
         "sizes": sizes,

@@ -131,6 +131,9 @@ def test_result_file_has_what_a_number_needs(model, embedded, tmp_path):
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
     table = accuracy_lines(results)
     assert table.count("\n") == 1 + 3 + 2  # head, rule, two depths and all, parameters and time
+    other = {"name": "LoRA", "accuracy_by_depth": results["accuracy_by_depth"]}
+    grids = results | {"num_fields": 4, "field_accuracy": 0.875}
+    assert "| single fields | | 0.875 | – |" in accuracy_lines(grids, other)
     with pytest.raises(ValueError, match="LoRA was evaluated on other questions"):
         accuracy_lines(
             results, {"name": "LoRA", "accuracy_by_depth": [dict(row, n=1) for row in results["accuracy_by_depth"]]}
