@@ -425,8 +425,8 @@ class Trainer:
         rows, settings = self.rows, self.settings
         hidden_states, mask, fields, labels = self.train.batch(self.model, examples, self.train.num_fields)
         if settings.feature_noise > 0:
-            scale = hidden_states.float().pow(2).mean(-1, keepdim=True).sqrt()
-            hidden_states = hidden_states + settings.feature_noise * scale * torch.randn_like(hidden_states)
+            scale = settings.feature_noise * hidden_states.float().pow(2).mean(-1, keepdim=True).sqrt()
+            hidden_states = hidden_states + scale.to(hidden_states.dtype) * torch.randn_like(hidden_states)
         output: Any = self.model(
             hidden_states,
             mask,

@@ -79,7 +79,9 @@ def two_threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("settings", [{"feature_noise": 0.1}, {"optimizer": "muon", "curriculum": 0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"feature_noise": 0.1, "precision": "bf16"}, {"optimizer": "muon", "curriculum": 0.1}]
+)
 def test_resumed_run_equals_one_that_never_stopped(folder, backbone, two_threads, settings):
     whole = tiny_run(folder, output_folder=str(folder / "whole"), **settings)
     stopped = tiny_run(folder, output_folder=str(folder / "stopped"), **settings)
