@@ -49,30 +49,37 @@ def check_head_folder(folder: Path) -> None:
             raise ValueError(f"{folder} has no {name}: it is not a saved head (train one with `hybrid train`)")
 
 
-def results_table(results: dict[str, Any]) -> str:
-    """Markdown table of a result file: accuracy by depth with its 95% interval and n."""
+def results_table(folder: Path) -> str:
+    """Markdown table of the result files of a head: accuracy by depth with its 95% interval and n."""
+    measured = []
+    if (path := folder / "results.json").exists():
+        results = json.loads(path.read_text())
+        measured.append((results["split"], results["accuracy_by_depth"]))
+    if (path := folder / "written.json").exists():  # of a head with a text decoder: exact match of greedy text
+        results = json.loads(path.read_text())
+        systems = {system["name"]: system["accuracy_by_depth"] for system in results["exact_match"]}
+        measured.append((f"{results['split']}, in words", systems["steered LLM"]))
+    if not measured:
+        return "Not evaluated yet."
     lines = ["| set | depth | accuracy | 95% interval | n |", "|---|---|---|---|---|"]
-    for row in results["accuracy_by_depth"]:
-        low, high = row["interval"]
-        lines.append(
-            f"| {results['split']} | {row['depth']} | {row['accuracy']:.3f} | {low:.3f}–{high:.3f} | {row['n']} |"
-        )
+    for name, rows in measured:
+        for row in rows:
+            low, high = row["interval"]
+            lines.append(f"| {name} | {row['depth']} | {row['accuracy']:.3f} | {low:.3f}–{high:.3f} | {row['n']} |")
     return "\n".join(lines)
 
 
 def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None:
-    """Write `README.md`; accuracy comes from `results.json` in the same folder, never from hand.
+    """Write `README.md`; accuracy comes from `results.json` and `written.json` in the same folder, never from hand.
 
     Args:
         folder: The saved head.
         facts: Values for the card's placeholders, from `HybridModel.card_facts`.
         license: Licence identifier of the head, left out if unknown: the training data may restrict it.
     """
-    path = folder / "results.json"
-    results = results_table(json.loads(path.read_text())) if path.exists() else "Not evaluated yet."
     line = f"license: {license}\n" if license else ""
     generate = 'print(model.generate_text("..."))  # the language model, steered\n' if facts.pop("writes") else ""
-    text = CARD.format(name=folder.name, license_line=line, results=results, generate=generate, **facts)
+    text = CARD.format(name=folder.name, license_line=line, results=results_table(folder), generate=generate, **facts)
     (folder / "README.md").write_text(text)
 
 

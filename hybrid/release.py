@@ -19,7 +19,7 @@ from hybrid.model import HybridModel
 
 EXPECTED = "expected.json"
 TOLERANCE = 0.02  # bfloat16 products differ a little between machines
-COPIED = ("run.yaml", "results.json", "results.png")
+COPIED = ("run.yaml", "results.json", "results.png", "written.json")
 
 
 def release(

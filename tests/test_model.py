@@ -155,6 +155,10 @@ def test_numbers_are_validated(section, message):
 def test_card_names_the_backbone_and_takes_numbers_from_the_result_file(model, tmp_path):
     results = {"split": "valid", "accuracy_by_depth": [{"depth": 1, "accuracy": 0.5, "interval": [0.4, 0.6], "n": 9}]}
     (tmp_path / "results.json").write_text(json.dumps(results))
+    in_words = [{"depth": "all", "accuracy": 0.75, "interval": [0.7, 0.8], "n": 8}]
+    exact_match = [{"name": name, "accuracy_by_depth": in_words} for name in ("frozen LLM", "steered LLM")]
+    (tmp_path / "written.json").write_text(json.dumps({"split": "test", "exact_match": exact_match}))
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "base_model: tiny-llama" in card and "| valid | 1 | 0.500 | 0.400–0.600 | 9 |" in card
+    assert card.count("| test, in words | all | 0.750 | 0.700–0.800 | 8 |") == 1
