@@ -5,7 +5,8 @@
 Two sentences speak of the property asked for: that of the concept where the chain ends, and that of a distractor. The
 rule believes the one whose concept is also what another sentence calls something ("Shumpuses are numpuses"), which
 distractors never are. `--harder FILE` writes the questions with more sentences, a chain to the distractor from
-concepts that nobody belongs to: answers stay, that shortcut is gone.
+concepts that nobody belongs to: answers stay, that shortcut is gone. `--mixed FILE` writes rows that lead to the rule:
+questions without distractors teach what the answer is once the sentence is found, those with distractors which it is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import random
 import re
 import shlex
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ CONCEPTS = {
     "shumpus", "lempus", "sterpus", "grimpus", "lorpus", "brimpus",
 }  # fmt: skip
 SPLITS = ("train", "valid", "test")  # those with distractors
+TRAIN_ROWS = 1100  # of --mixed, a depth with distractors
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,8 +44,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--harder", type=Path)
     parser.add_argument("--facts", type=Path, help="the questions with what else follows of the subject as fields")
     parser.add_argument("--properties", action="store_true", help="of --facts: not only concepts")
+    parser.add_argument("--mixed", type=Path, help="questions with distractors, and easy ones without")
+    parser.add_argument("--deepest", type=int, default=4, help="of --mixed: hops of the deepest")
+    parser.add_argument("--easy", type=int, default=300, help="of --mixed: easy ones of one hop, and of two")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
+    if parsed.mixed:
+        lines = (json.dumps(row) for row in mixed(rows, parsed.deepest, parsed.easy))
+        parsed.mixed.write_text("".join(f"{line}\n" for line in lines))
     rows = [row for row in rows if row["split"] in SPLITS]
     right: dict[tuple[str, int], list[bool]] = defaultdict(list)
     for row in rows:
@@ -98,6 +106,25 @@ def with_facts(row: dict[str, Any], properties: bool) -> dict[str, Any]:
         answers |= {word: str(not no) for lower, no, word in known if lower in is_a and word not in concepts}
     kept = {name: value for name, value in row.items() if name != "steps"}
     return kept | {"fields": list(answers), "answer": answers}
+
+
+def mixed(rows: Sequence[dict[str, Any]], deepest: int, num_easy: int) -> list[dict[str, Any]]:
+    """Training rows with and without distractors; the last hundred of a depth are for validation.
+
+    The depth of easy rows is ten more, so that validation tells them apart.
+    """
+    found, seen = [], Counter()
+    for row in rows:
+        key, is_easy = (row["split"], row["depth"]), row["split"] == "train_nodistractor"
+        if not (row["split"] == "train" and row["depth"] <= deepest or is_easy and row["depth"] <= 2):
+            continue
+        seen[key] += 1
+        is_held_out = seen[key] > TRAIN_ROWS
+        if is_easy and num_easy < seen[key] <= TRAIN_ROWS or seen[key] > TRAIN_ROWS + 100:
+            continue
+        found.append({name: value for name, value in row.items() if name != "steps"})
+        found[-1] |= {"split": "valid" if is_held_out else "train", "depth": row["depth"] + 10 * is_easy}
+    return random.Random(0).sample(found, len(found))
 
 
 def facts(text: str) -> list[tuple[str, bool, str]]:

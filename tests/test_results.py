@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from hybrid.model import HybridModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 
+import prontoqa_shortcut
 import trm
 import written
 from prontoqa_shortcut import by_rule, facts, harder, with_facts
@@ -51,6 +53,20 @@ def test_facts_of_a_story_are_fields_beside_its_answer():
     new = with_facts(row, properties=True)
     assert new["answer"] == {"answer": "True", **concepts, "wooden": "False"} and "steps" not in new
     assert new["fields"] == list(new["answer"])
+
+
+def test_rows_with_and_without_distractors_are_mixed_and_held_out_by_depth(monkeypatch):
+    monkeypatch.setattr(prontoqa_shortcut, "TRAIN_ROWS", 3)
+    rows = [
+        {"id": f"{split} {depth} {n}", "split": split, "depth": depth, "steps": []}
+        for split in ("train", "train_nodistractor", "test") for depth in (1, 2, 3) for n in range(5)
+    ]  # fmt: skip
+    found = prontoqa_shortcut.mixed(rows, deepest=2, num_easy=1)
+    counts = Counter((row["split"], row["depth"]) for row in found)
+    assert counts == {("train", 1): 3, ("train", 2): 3, ("train", 11): 1, ("train", 12): 1} | {
+        ("valid", depth): 2 for depth in (1, 2, 11, 12)
+    }
+    assert len({row["id"] for row in found}) == len(found) and not any("steps" in row for row in found)
 
 
 def test_an_untrained_text_decoder_writes_and_expects_what_the_model_does(backbone_folder, tmp_path, monkeypatch):
