@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def generate(
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     choices: Sequence[str] | None = None,
-    fields: Sequence[Field] | None = None,
+    fields: Sequence[Field] | Mapping[str, Sequence[str]] | None = None,
     max_steps: int | None = None,
     halting: str | None = None,
     rollouts: int = 1,
@@ -50,7 +51,7 @@ def generate(
         inputs: Prompts, padded on the left, (batch, tokens); or give `input_ids`.
         generation_config: Settings of transformers; by default the language model's own.
         input_ids: Likewise.
-        attention_mask: (batch, tokens); by default, what is not the tokenizer's padding.
+        attention_mask: (batch, tokens); by default, what follows the padding of a batch.
         choices: Options of a question with one answer; by default what the head was trained to answer.
         fields: What is asked, when there are several answers.
         max_steps: Refinement steps at most.
@@ -65,17 +66,25 @@ def generate(
         What it returns: token ids of prompt and text, (batch × num_return_sequences, tokens).
 
     Raises:
-        ValueError: The head has no text decoder, or the prompts are empty, padded on the right, or end differently.
+        ValueError: The head has no text decoder, the prompts are no token ids, empty, padded on the right, or end
+            differently, or drafts are asked for (`assistant_model`, `prompt_lookup_num_tokens`).
     """
     check_text_decoder(model)
     ids = inputs if input_ids is None else input_ids
     if ids is None:
         raise ValueError("no prompts: give input_ids, as the tokenizer returns them")
-    pad = model.backbone.tokenizer.pad_token_id
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+        found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"input_ids: expected token ids, (batch, tokens), got {found}; generate_text takes texts")
+    _check_no_drafts(model.backbone, {"generation_config": generation_config, **kwargs})
+    pad = model.backbone.tokenizer.pad_token_id if len(ids) > 1 and attention_mask is None else None
     if attention_mask is None:
-        is_pad = pad is not None and pad != model.backbone.tokenizer.eos_token_id
-        attention_mask = ids.ne(pad).long() if is_pad else torch.ones_like(ids)
-    if not bool(attention_mask[:, -1].all()):
+        attention_mask = torch.ones_like(ids) if pad is None else ids.ne(pad).long().cummax(dim=1).values
+    if attention_mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of input_ids, {(*ids.shape,)}, got {(*attention_mask.shape,)}"
+        )
+    if not bool(attention_mask[:, -1].all()) or (pad is not None and bool(ids[:, -1].eq(pad).any())):
         raise ValueError("attention_mask ends with padding: tokenise prompts with padding_side='left'")
     rows = [row[seen.bool()].tolist() for row, seen in zip(ids, attention_mask, strict=True)]
     prompts = [model.backbone.text_prompt_of_ids(row, model.config.text.suffix) for row in rows]
@@ -92,6 +101,13 @@ def generate(
         halting=halting,
     )
     return write(model, ids, attention_mask, read, soft, generation_config=generation_config, **kwargs)
+
+
+def _check_no_drafts(backbone: Backbone, kwargs: dict[str, Any]) -> None:
+    """Refuse decoding with drafts, which reads the prompt once more, behind the soft tokens."""
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"):
+        if (value := _setting(backbone, kwargs, name)) is not None:
+            raise ValueError(f"{name}={value!r}: drafts are not supported with soft tokens; leave it out")
 
 
 def generate_text(model: HybridModel, question: str, *, context: str | None = None, **kwargs: Any) -> str:
@@ -115,7 +131,7 @@ def generate_texts(
     *,
     contexts: Sequence[str | None] | None = None,
     choices: Sequence[str] | None = None,
-    fields: Sequence[Field] | None = None,
+    fields: Sequence[Field] | Mapping[str, Sequence[str]] | None = None,
     chat: bool | None = None,
     stop: str | Sequence[str] | None = None,
     max_steps: int | None = None,
@@ -146,6 +162,9 @@ def generate_texts(
         ValueError: The head has no text decoder, or several texts a question are asked for.
     """
     check_text_decoder(model)
+    if isinstance(questions, str):
+        raise ValueError(f"questions={questions!r}: expected a list of texts; generate_text takes one")
+    _check_no_drafts(model.backbone, kwargs)
     for name, single in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
         if (value := _setting(model.backbone, kwargs, name) or single) != single:
             raise ValueError(f"{name}={value}: one text a question is returned; use generate, or give {name}={single}")
@@ -157,6 +176,9 @@ def generate_texts(
         else:  # transformers wants arguments or a configuration, not both
             kwargs["generation_config"] = copy.copy(config)
             kwargs["generation_config"].max_new_tokens = NUM_TOKENS
+    trained = model.config.text.chat
+    if chat is not None and chat != trained:
+        warnings.warn(f"chat={chat}: this head was trained with text.chat={trained}: expect guesses", stacklevel=3)
     asked = fields_asked(model, choices, fields)
     contexts = contexts if contexts is not None else [None] * len(questions)
     all_prompts = text_prompts(model, list(zip(contexts, questions, strict=True)), chat) if questions else []
@@ -273,7 +295,7 @@ def write(
 def _setting(backbone: Backbone, kwargs: dict[str, Any], name: str) -> Any:
     """A setting of `generate`: an argument, else what `generation_config` says, else the model's own."""
     given = getattr(kwargs.get("generation_config"), name, None)
-    return kwargs.get(name, getattr(backbone.model.generation_config, name) if given is None else given)
+    return kwargs.get(name, getattr(backbone.model.generation_config, name, None) if given is None else given)
 
 
 def write_texts(
@@ -302,7 +324,7 @@ def text_log_likelihoods(
     continuations: Sequence[str],
     *,
     choices: Sequence[str] | None = None,
-    fields: Sequence[Field] | None = None,
+    fields: Sequence[Field] | Mapping[str, Sequence[str]] | None = None,
     chat: bool | None = None,
     suffix: str | None = None,
     max_steps: int | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,7 +233,7 @@ def answer(
     *,
     context: str | None = None,
     choices: Sequence[str] | None = None,
-    fields: Sequence[Field] | None = None,
+    fields: Sequence[Field] | Mapping[str, Sequence[str]] | None = None,
     schema: Any = None,
     **kwargs: Any,
 ) -> Answer:
@@ -244,7 +244,8 @@ def answer(
         question: The question, or the whole text with the question at its end.
         context: The text that comes before the question.
         choices: Options of a question with one answer; by default what the head was trained to answer.
-        fields: What is asked, when there are several answers; not together with `choices`.
+        fields: What is asked, when there are several answers: `Field`s, or a mapping of names to options; not together
+            with `choices`.
         schema: What is asked, as a Pydantic model or a JSON schema; see `hybrid.schema.read_schema`.
         **kwargs: `explain`, `max_steps`, `halting`, `rollouts`, `pick`, `seed`, as in `answer_batch`.
 
@@ -263,7 +264,7 @@ def answer_batch(
     *,
     contexts: Sequence[str | None] | None = None,
     choices: Sequence[str] | None = None,
-    fields: Sequence[Field] | None = None,
+    fields: Sequence[Field] | Mapping[str, Sequence[str]] | None = None,
     schema: Any = None,
     explain: bool = False,
     max_steps: int | None = None,
@@ -297,6 +298,8 @@ def answer_batch(
         write_texts,
     )
 
+    if isinstance(questions, str):
+        raise ValueError(f"questions={questions!r}: expected a list of texts; answer takes one")
     form = read_schema(schema) if schema is not None else None
     if form is not None and (choices is not None or fields is not None):
         raise ValueError("a schema brings its own fields and options: leave out choices and fields")
@@ -337,11 +340,11 @@ def answer_batch(
 
 
 def fields_asked(
-    model: HybridModel, choices: Sequence[str] | None, fields: Sequence[Field] | None
+    model: HybridModel, choices: Sequence[str] | None, fields: Sequence[Field] | Mapping[str, Sequence[str]] | None
 ) -> tuple[Field, ...]:
     """The fields that a question asks: `fields`, or a single one with `choices`, or those of the head.
 
-    Warns when a head that always was asked the same fields is asked others.
+    Warns when a head that always was asked the same fields is asked others, or not all of them.
 
     Raises:
         ValueError: None or both are given, or names appear twice.
@@ -352,7 +355,11 @@ def fields_asked(
         raise ValueError("both choices and fields were given: choices are the options of a single field")
     choices = choices if choices is not None else model.config.choices
     own = model.config.fields
+    if isinstance(fields, Mapping):
+        fields = [Field(name, options) for name, options in fields.items()]
     if fields is not None:
+        if wrong := [field for field in fields if not isinstance(field, Field)]:
+            raise ValueError(f"fields={wrong}: expected a mapping of names to options, or a list of Field")
         if len({field.name for field in fields}) < len(fields) or not fields:
             raise ValueError(f"fields={[field.name for field in fields]}: names must be there and differ")
         asked = tuple(fields)
@@ -365,9 +372,15 @@ def fields_asked(
             "this head has no default choices: give choices, fields or a schema (flags of `hybrid ask` and "
             "`hybrid generate`, too)"
         )
-    if own is not None and (new := [field.name for field in asked if field.name not in own]):
+    names = [field.name for field in asked]
+    if own is not None and (new := [name for name in names if name not in own]):
         warnings.warn(
             f"fields {new[:3]} are unknown to this head, which always was asked {list(own)[:3]} …: expect guesses",
+            stacklevel=3,
+        )
+    elif own is not None and len(names) < len(own):
+        warnings.warn(
+            f"{len(names)} of the {len(own)} fields that this head always was asked together: expect worse answers",
             stacklevel=3,
         )
     return asked

@@ -241,6 +241,40 @@ def test_generation_settings_of_model_and_caller_meet_as_in_transformers():
     with pytest.raises(ValueError, match="use_cache=False"):
         model.generate(**inputs, generation_config=GenerationConfig(use_cache=False))
     assert generate_texts(model, []) == [] == text_log_likelihoods(model, [], [])
+    with pytest.raises(ValueError, match="expected a list of texts; generate_text takes one"):
+        generate_texts(model, QUESTIONS[0])
+
+
+@pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "another"}])
+def test_decoding_with_drafts_is_refused(how):
+    model = writer()
+    (name,) = how
+    with pytest.raises(ValueError, match=f"{name}=.*: drafts are not supported"):
+        model.generate(**tokens(model), **how)
+    with pytest.raises(ValueError, match=f"{name}=.*: drafts are not supported"):
+        model.generate_text(QUESTIONS[0], **how)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens=2"):
+        model.generate(**tokens(model), generation_config=GenerationConfig(prompt_lookup_num_tokens=2))
+
+
+def test_prompts_that_are_no_token_ids_are_refused():
+    model = writer()
+    ids = tokens(model)["input_ids"]
+    for wrong in (QUESTIONS[0], ids[0], ids.float(), ids[:, :0], ids[:0]):
+        with pytest.raises(ValueError, match=r"expected token ids, \(batch, tokens\), got"):
+            model.generate(wrong)
+    with pytest.raises(ValueError, match="attention_mask: expected the shape of input_ids"):
+        model.generate(ids, attention_mask=torch.ones_like(ids[:, 1:]))
+
+
+def test_padding_is_found_where_it_is_the_end_of_text_too():
+    model = open_gate(writer())
+    inputs = tokens(model)
+    expected = model.generate(**inputs, **GREEDY)
+    model.backbone.tokenizer.eos_token = model.backbone.tokenizer.pad_token
+    assert torch.equal(model.generate(inputs["input_ids"], **GREEDY), expected)
+    with pytest.raises(ValueError, match="padding_side='left'"):
+        model.generate(inputs["input_ids"].flip(1), **GREEDY)
 
 
 @pytest.mark.parametrize(

@@ -155,4 +155,10 @@ def test_head_with_default_fields_answers_them(model, tmp_path):
     assert list(answer.value) == ["A", "B"] and answer.value["B"] in ("yes", "no")
     with pytest.warns(match=r"fields \['answer'\] are unknown to this head, which always was asked \['A', 'B'\]"):
         assert again.answer(QUESTIONS[0], choices=["left", "right"]).value in ("left", "right")
+    with pytest.warns(match="1 of the 2 fields that this head always was asked together"):
+        assert again.answer(QUESTIONS[0], fields={"A": ["knight", "knave"]}).value in ("knight", "knave")
+    with pytest.raises(ValueError, match=r"fields=\['A'\]: expected a mapping of names to options"):
+        again.answer(QUESTIONS[0], fields=["A"])
+    with pytest.raises(ValueError, match="expected a list of texts; answer takes one"):
+        answer_batch(again, QUESTIONS[0])
     assert 'print(model.answer("...").value)' in (tmp_path / "README.md").read_text()
