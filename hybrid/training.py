@@ -327,7 +327,7 @@ class Trainer:
         self.in_threads = accelerator.device.type == "cpu" and not any(noise)
         self.kept: list[list[int]] = []  # texts of the frozen model's own, written when the run begins
         self.num_updates, self.seconds, self.num_bad = 0, 0.0, 0
-        self.best_score, self.best_accuracy = -1.0, 0.0  # the score counts answers that are right in words, too
+        self.best_score, self.best_accuracy = (-1.0, 0.0), 0.0  # answers, in words too; of equals, right fields decide
         self.window: dict[str, float] = {}
         self.stop_requested, self.finished = False, False
 
@@ -523,20 +523,24 @@ class Trainer:
             halted = record.when_halted(record.right, max_steps)
             accuracy = float(halted.float().mean())
             depths = {str(row["depth"]): round(row["accuracy"], 4) for row in by_depth(halted, self.valid.examples)}
+            fields = float(record.when_halted(record.fields_right, max_steps).mean())
             steps = float(record.steps_used(max_steps).float().mean())
             line: dict[str, Any] = {
                 "update": self.num_updates,
                 "valid_accuracy": accuracy,
                 "valid_by_depth": depths,
                 "valid_steps": steps,
+                **({"valid_fields": fields} if self.valid.num_fields > 1 else {}),
                 **written,
             }
             shown = f"update {self.num_updates}: validation accuracy {accuracy:.3f}  {depths}  steps {steps:.1f}"
+            if self.valid.num_fields > 1:
+                shown += f"  fields {fields:.3f}"
             if written:
                 shown += f"  written {written['valid_written']:.3f}"
             self._write_log(line)
             tqdm.write(shown)
-            score = accuracy + written.get("valid_written", 0.0)
+            score = (accuracy + written.get("valid_written", 0.0), fields)
             self.num_bad = 0 if score > self.best_score else self.num_bad + 1
             if score > self.best_score:
                 self.best_score, self.best_accuracy = score, accuracy
@@ -604,7 +608,8 @@ class Trainer:
             raise ValueError("--resume: the training data have changed since the run was stopped; use a new folder")
         for name in ("num_updates", "seconds", "best_accuracy", "num_bad", "window"):
             setattr(self, name, checkpoint[name])
-        self.best_score = checkpoint.get("best_score", self.best_accuracy)
+        score = checkpoint.get("best_score", self.best_accuracy)
+        self.best_score = score if isinstance(score, tuple) else (score, 0.0)  # a number in older checkpoints
         self.kept = checkpoint.get("kept", [])
         weights = {**checkpoint.get("buffers", {}), **checkpoint["weights"].get("frozen", {})}
         self.model.load_state_dict(weights, strict=False)

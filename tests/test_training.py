@@ -24,6 +24,7 @@ from hybrid.batches import EmbeddedExamples, common_fields, known_options
 from hybrid.config import RecursionStage, RunConfig, TextConfig, TrainingConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
+from hybrid.evaluation import StepRecord
 from hybrid.generation import keep_loss, own_texts
 from hybrid.model import HybridModel
 from hybrid.training import CHECKPOINT, Curriculum, RowStream, Trainer, learning_rate, prepare, train
@@ -316,6 +317,26 @@ def test_rows_halt_as_configured(folder, backbone, halting):
         trainer.model.decoder.halt_head.bias.fill_(5.0)  # every row believes to be right
     trainer.update()
     assert trainer.rows.halted.all() == (halting != "never")
+
+
+def test_while_no_whole_answer_is_right_the_head_with_most_right_fields_is_the_best(folder, backbone, monkeypatch):
+    config = tiny_run(folder)
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    trainer.valid.num_fields, saved = 2, []
+    shape = (config.reasoner.max_steps, len(trainer.valid))
+    no, shares = torch.zeros(shape, dtype=torch.bool), iter((0.25, 0.75, 0.5))
+
+    def record(*args) -> StepRecord:
+        zeros = torch.zeros(shape)
+        return StepRecord(no, zeros + next(shares), zeros, no, zeros, 0.0)
+
+    monkeypatch.setattr("hybrid.training.run_steps", record)
+    monkeypatch.setattr(trainer, "save_head", lambda name: saved.append(name))
+    trainer.folder.mkdir()
+    for _ in range(3):
+        trainer.evaluate()
+    assert saved == ["best", "last", "best", "last", "last"]
+    assert [line["valid_fields"] for line in curve(folder / "run")] == [0.25, 0.75, 0.5]
 
 
 def test_new_weights_do_not_keep_the_figures_of_old_ones(folder, backbone):
