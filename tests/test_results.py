@@ -134,7 +134,7 @@ def test_reference_code_on_our_grids_goes_on_after_a_stop(tmp_path, monkeypatch)
     for name, value in {"SAVE_EVERY": 10, "LOG_EVERY": 5, "WARMUP": 1}.items():
         monkeypatch.setattr(trm, name, value)
     clock = iter(range(10_000))
-    second = SimpleNamespace(monotonic=lambda: float(next(clock)))  # one update takes a second
+    second = SimpleNamespace(monotonic=lambda: next(clock) / 2)  # looked at twice an update, which takes a second
     monkeypatch.setattr(trm, "time", second)
     folders = {"trm-path": tmp_path, "folder": tmp_path / "run", "output": tmp_path / "trm.json"}
     flags = {"batch_size": 8, "learning_rate": 1, **folders}

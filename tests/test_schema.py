@@ -39,7 +39,7 @@ def of_property(schema) -> dict:
         ({"anyOf": [ROLE, {"type": "null"}, ROLE]}, ["knight", "knave", None]),
         ({"type": "string", "oneOf": [{"const": "a", "title": "first"}, {"const": "b"}, {"const": 3}]}, ["a", "b"]),
         ({"oneOf": [{"enum": [1, 1, 2, 3]}, {"enum": [3, 4]}]}, [1, 2, 4]),
-        ({"oneOf": [{"const": 1}, {"const": 1.0}, {"const": 2}]}, [2]),  # equal numbers match two branches
+        ({"oneOf": [{"const": 1}, {"const": 1.0}, {"enum": [2, 3]}]}, [2, 3]),  # equal numbers match two branches
         ({"enum": [1, 1.0, 1.5]}, [1, 1.5]),
         ({"type": ["boolean", "null"]}, [True, False, None]),
         ({"type": ["integer", "null"], "minimum": 1, "maximum": 2}, [1, 2, None]),
