@@ -88,9 +88,10 @@ def test_cached_states_equal_live_states(smollm2, tmp_path):
 def test_an_untrained_head_writes_what_the_model_writes_token_for_token(smollm2, template):
     config = BackboneConfig(template=template)
     backbone = smollm2.with_settings(smollm2.layers, template)
-    model = HybridModel.from_backbone(backbone, backbone_config=config, text=TextConfig(enabled=True)).eval()
+    asked = {"text": TextConfig(enabled=True), "choices": ["left", "right"]}
+    model = HybridModel.from_backbone(backbone, backbone_config=config, **asked).eval()
     backbone.tokenizer.padding_side = "left"
-    questions = ["The capital of France is", "P is above Q. Q is to the left of R. Where is P relative to R?\nAnswer:"]
+    questions = ["What is the capital of France?\nAnswer:", "P is above Q. Q is above R. Where is P?\nAnswer:"]
     inputs = backbone.tokenizer(questions, return_tensors="pt", padding=True)
     for how in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True, "top_k": 50}):
         torch.manual_seed(0)
