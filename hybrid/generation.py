@@ -76,7 +76,6 @@ def generate(
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
         found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"input_ids: expected token ids, (batch, tokens), got {found}; generate_text takes texts")
-    _check_no_drafts(model.backbone, {"generation_config": generation_config, **kwargs})
     pad = model.backbone.tokenizer.pad_token_id if len(ids) > 1 and attention_mask is None else None
     if attention_mask is None:
         attention_mask = torch.ones_like(ids) if pad is None else ids.ne(pad).long().cummax(dim=1).values
@@ -101,13 +100,6 @@ def generate(
         halting=halting,
     )
     return write(model, ids, attention_mask, read, soft, generation_config=generation_config, **kwargs)
-
-
-def _check_no_drafts(backbone: Backbone, kwargs: dict[str, Any]) -> None:
-    """Refuse decoding with drafts, which reads the prompt once more, behind the soft tokens."""
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"):
-        if (value := _setting(backbone, kwargs, name)) is not None:
-            raise ValueError(f"{name}={value!r}: drafts are not supported with soft tokens; leave it out")
 
 
 def generate_text(model: HybridModel, question: str, *, context: str | None = None, **kwargs: Any) -> str:
@@ -164,7 +156,6 @@ def generate_texts(
     check_text_decoder(model)
     if isinstance(questions, str):
         raise ValueError(f"questions={questions!r}: expected a list of texts; generate_text takes one")
-    _check_no_drafts(model.backbone, kwargs)
     for name, single in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
         if (value := _setting(model.backbone, kwargs, name) or single) != single:
             raise ValueError(f"{name}={value}: one text a question is returned; use generate, or give {name}={single}")
@@ -279,6 +270,9 @@ def write(
     backbone = model.backbone
     if _setting(backbone, kwargs, "use_cache") is False:
         raise ValueError("use_cache=False: the soft tokens lie in the cache; leave it out")
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"):
+        if (value := _setting(backbone, kwargs, name)) is not None:  # the prompt would be read again, behind them
+            raise ValueError(f"{name}={value!r}: drafts are not supported with soft tokens; leave it out")
     add_soft_tokens(backbone, read.cache, soft)
     read.cache.was_read = False  # the passes so far have set it
     output = backbone.model.generate(
