@@ -94,7 +94,9 @@ def _role_examples(config: DataConfig, role: str) -> list[Example]:
     if config.path or config.hub_id:
         splits = read_path(Path(config.path).expanduser()) if config.path else _read_hub(config)
         found = {each: _find_split(config, each, splits) for each in ROLES}
-        splits |= {name: _joined(splits, name) for name, _ in found.values() if set(name.split("+")) <= set(splits)}
+        for name in {name for name, _ in found.values()} - set(splits):
+            if set(parts := name.split("+")) <= set(splits):
+                splits[name] = datasets.concatenate_datasets([cast(datasets.Dataset, splits[part]) for part in parts])
     else:
         splits = {each: _generate(config, each) for each in {"train", role}}
         found = {each: (each, None) for each in ROLES}
@@ -125,13 +127,6 @@ def _find_split(config: DataConfig, role: str, present: Iterable[str]) -> tuple[
     if name not in present and name in VALID_NAMES:
         name = next((other for other in VALID_NAMES if other in present), name)
     return name, (start, stop) if "[" in value else None
-
-
-def _joined(splits: Mapping[str, Rows], name: str) -> Rows:
-    """The rows of a split, or of several: `easy+hard`."""
-    if name in splits:
-        return splits[name]
-    return datasets.concatenate_datasets([cast(datasets.Dataset, splits[part]) for part in name.split("+")])
 
 
 def _cut(examples: list[Example], bounds: Bounds | None) -> list[Example]:
