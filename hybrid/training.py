@@ -185,7 +185,7 @@ class MasterWeights:
                 group["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad()
-        decay = min(self.config.ema_decay, (1 + num_updates) / (10 + num_updates))  # short runs need a short memory
+        decay = ema_decay(self.config.ema_decay, num_updates)
         torch._foreach_lerp_(self.ema, [master.detach() for master in self.masters], 1 - decay)
         self._show(self.masters)
         return float(norm)
@@ -637,6 +637,11 @@ def num_slots(model: HybridModel, examples: EmbeddedExamples) -> int:
     reasoner, adapter = model.config.reasoner, model.config.adapter
     num_vectors = adapter.num_vectors if adapter.kind == "resampler" else max(examples.lengths)
     return examples.num_fields + reasoner.num_tape_slots + (num_vectors if reasoner.refine_memory else 0)
+
+
+def ema_decay(longest: float, num_updates: int) -> float:
+    """Decay of the moving average of weights: a short memory at first, for short runs."""
+    return min(longest, (1 + num_updates) / (10 + num_updates))
 
 
 def learning_rate(settings: TrainingConfig, update: int) -> float:

@@ -29,6 +29,7 @@ from hybrid.backbone import native_dtype
 from hybrid.cli import run_config
 from hybrid.data import Example, load_examples
 from hybrid.evaluation import by_depth, provenance, write_results
+from hybrid.training import ema_decay
 
 SAVE_EVERY = 50
 LOG_EVERY = 20
@@ -92,9 +93,8 @@ def reference_model(parsed: argparse.Namespace, num_digits: int) -> tuple[Any, d
 
 
 def moving_average(average: Tensor, current: Tensor, num_updates: Tensor | int) -> Tensor:
-    """The mean of the weights after one more update; of few updates it remembers few."""
-    decay = min(EMA_DECAY, (1 + int(num_updates)) / (10 + int(num_updates)))
-    return average.lerp(current, 1 - decay)
+    """The mean of the weights after one more update."""
+    return average.lerp(current, 1 - ema_decay(EMA_DECAY, int(num_updates)))
 
 
 def train(model: Any, average: Any, examples: Sequence[Example], parsed: argparse.Namespace) -> tuple[float, int]:
