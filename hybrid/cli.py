@@ -200,7 +200,7 @@ def command_eval(arguments: Sequence[str]) -> None:
     from hybrid.model import HybridModel
 
     folder = Path(parsed.head)
-    config, role = _config_of_head(folder, parsed)
+    config, role = config_of_head(folder, parsed)
     if (folder / "adapter_config.json").exists():
         if baselines:
             raise ValueError("--baselines stand beside a head: this folder holds a LoRA adapter")
@@ -295,7 +295,7 @@ def _run_of_head(folder: Path) -> RunConfig:
     return run_config([str(path)], "eval")[0]
 
 
-def _config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
+def config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
     """The run that made a head, read for evaluation, and the role of the split to evaluate.
 
     `--split` takes a role (`valid` is the run's own validation split, which may be a slice) or the name of a split.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from hybrid.backbone import Backbone, length_batches
-from hybrid.cli import run_config
+from hybrid.cli import config_of_head
 from hybrid.data import Example, load_examples
 from hybrid.evaluation import accuracy_lines, by_depth, provenance, write_results
 from hybrid.generation import answer_text, answer_token_ids, generate_texts, text_log_likelihoods, text_prompts
@@ -45,11 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--max_examples", type=int)
     parser.add_argument("--output", type=Path, required=True)
     parsed = parser.parse_args(arguments)
-    config, _ = run_config([str(parsed.head / "run.yaml")], "eval")
-    config.data.path = parsed.data or config.data.path
-    config.data.max_eval_examples = parsed.max_examples
-    role = parsed.split if parsed.split in ("valid", "test") else "test"
-    config.data.test_split = config.data.test_split if parsed.split == role else parsed.split
+    config, role = config_of_head(parsed.head, parsed)
     examples, model = load_examples(config.data, role), HybridModel.from_pretrained(parsed.head)
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {

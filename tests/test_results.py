@@ -86,17 +86,8 @@ def test_an_untrained_text_decoder_writes_and_expects_what_the_model_does(backbo
     (tmp_path / "head" / "run.yaml").write_text(yaml.safe_dump(to_plain(config)))
     for name, value in {"NUM_PASSAGES": 3, "PASSAGE": 120}.items():
         monkeypatch.setattr(written, name, value)
-    written.main(
-        [
-            str(tmp_path / "head"),
-            "--max_examples",
-            "6",
-            "--split",
-            "hard",
-            "--output",
-            str(tmp_path / "out" / "written.json"),
-        ]
-    )
+    flags = {"max_examples": 6, "split": "hard", "output": tmp_path / "out" / "written.json"}
+    written.main([str(tmp_path / "head"), *(f"--{name}={value}" for name, value in flags.items())])
     results = json.loads((tmp_path / "out" / "written.json").read_text())
     frozen, steered = results["exact_match"]
     assert frozen["examples"] == steered["examples"] and steered["accuracy_by_depth"][-1]["n"] == 6
