@@ -582,6 +582,7 @@ def command_harness(arguments: Sequence[str]) -> None:
         num_fewshot=parsed.num_fewshot, apply_chat_template=parsed.apply_chat_template,
         log_samples=parsed.log_samples,
     )  # fmt: skip
+    head.state.destroy_process_group()  # a process that ends with one open can abort
     if found is None:
         return  # the first process writes
     results, samples = found
