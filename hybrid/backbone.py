@@ -6,6 +6,7 @@ an optimizer or a checkpoint.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import dataclasses
 import hashlib
@@ -19,7 +20,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,19 @@ ECHO_SEPARATOR = "\n"
 SHORT = 512  # tokens up to which plain matrix products attend faster on a CPU than its flash kernel does
 
 
+def one_text(context: str | None, question: str) -> str:
+    """Context and question as one text."""
+    return f"{context}{CONTEXT_SEPARATOR}{question}" if context else question
+
+
 @dataclass
 class Prompt:
-    """A question as the backbone reads it; the states of `memory_start:memory_stop` become memory."""
+    """A question (`text`) as the backbone reads it; the states of `memory_start:memory_stop` become memory."""
 
     token_ids: list[int]
     memory_start: int
     memory_stop: int
+    text: str
 
     @property
     def memory_ids(self) -> list[int]:
@@ -273,7 +280,7 @@ class Backbone:
 
     def prompts(self, texts: Sequence[tuple[str | None, str]]) -> list[Prompt]:
         """Tokenise many questions (faster than one by one)."""
-        joined = [f"{context}{CONTEXT_SEPARATOR}{question}" if context else question for context, question in texts]
+        joined = [one_text(context, question) for context, question in texts]
         for row, text in enumerate(joined):
             if not text.strip():
                 raise ValueError(f"text {row} is empty: every example needs a question")
@@ -287,7 +294,7 @@ class Backbone:
         start = len(self.special_prefix) + len(repeated)
         token_ids = [*self.special_prefix, *repeated, *ids, *self._suffix]
         self._check_length(token_ids, text)
-        return Prompt(token_ids, start, start + len(ids))
+        return Prompt(token_ids, start, start + len(ids), text)
 
     def _check_length(self, token_ids: Sequence[int], text: str) -> None:
         if self.max_tokens is not None and len(token_ids) > self.max_tokens:
@@ -300,6 +307,17 @@ class Backbone:
     def _token_ids(self, text: str) -> list[int]:
         ids: Any = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return ids
+
+    def tokens_at(self, text: str, characters: Sequence[int]) -> list[int]:
+        """Which of the memory tokens of a text holds each of some characters, both numbered from 0.
+
+        Raises:
+            ValueError: The text is shorter, or the tokenizer does not tell.
+        """
+        ends = _token_ends(self.tokenizer, text)
+        if wrong := [character for character in characters if not 0 <= character < ends[-1]]:
+            raise ValueError(f"a field stands at character {wrong[0]} of a text with characters 0 to {ends[-1] - 1}")
+        return [bisect.bisect_right(ends, character) for character in characters]
 
     # -- text to go on from ----------------------------------------------------------------------------------------
 
@@ -572,6 +590,16 @@ def _short_encoder(encoder: nn.Module, device: torch.device) -> nn.Module:
     view = copy.deepcopy(encoder, shared)
     view.set_attn_implementation("eager")
     return view
+
+
+@lru_cache(maxsize=20_000)  # training asks for the same texts again and again
+def _token_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """How many characters of the text lie before the end of each token."""
+    try:
+        offsets: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    except NotImplementedError:
+        raise ValueError("fields with a place in the text (at) need a fast tokenizer: this one is slow") from None
+    return [end for _, end in offsets]
 
 
 def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

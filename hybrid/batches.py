@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hybrid.backbone import Backbone, length_batches
+from hybrid.backbone import Backbone, length_batches, one_text
 from hybrid.config import FeatureConfig
 from hybrid.data import Example
-from hybrid.decoder import FieldBatch
+from hybrid.decoder import Field, FieldBatch
 from hybrid.features import FeatureCache, fill_cache, text_key
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
@@ -63,7 +63,9 @@ class EmbeddedExamples:
             num_fields: Pad the fields to this number.
         """
         token_ids, stored, mask = self._cache.read_padded([self._keys[row] for row in rows])
-        fields = model.field_batch([self.examples[row].fields for row in rows], num_fields)
+        examples = [self.examples[row] for row in rows]
+        texts = [one_text(example.context, example.question) for example in examples]
+        fields = model.field_batch([example.fields for example in examples], num_fields, texts)
         labels = torch.full(fields.name_index.shape, IGNORED)
         for position, row in enumerate(rows):
             labels[position, : len(self._labels[row])] = self._labels[row]
@@ -88,10 +90,10 @@ def known_options(examples: Sequence[Example], at_most: int = 1000) -> list[str]
     return known if len(known) <= at_most else []
 
 
-def common_fields(examples: Sequence[Example]) -> dict[str, list[str]] | None:
-    """Names and options of the fields, when every example asks the same ones."""
+def common_fields(examples: Sequence[Example]) -> tuple[Field, ...] | None:
+    """The fields, when every example asks the same ones."""
     asked = {example.fields for example in examples}
-    return {field.name: list(field.options) for field in asked.pop()} if len(asked) == 1 else None
+    return asked.pop() if len(asked) == 1 else None
 
 
 def embed_examples(

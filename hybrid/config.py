@@ -397,6 +397,7 @@ class HybridConfig(PreTrainedConfig):
         known_options: Options and field names that own a learned residual, in the order of its rows.
         choices: Default options of a question asked without any.
         fields: Default fields of a head whose questions all ask the same several ones: name to options.
+        places: Where fields of these names stand in a text (`Field.at`), when it is the same in every question.
         license: Licence of the head, for its card.
         hybrid_version: Version that wrote the head.
     """
@@ -411,6 +412,7 @@ class HybridConfig(PreTrainedConfig):
     known_options: list[str] | None = None
     choices: list[str] | None = None
     fields: dict[str, list[str]] | None = None
+    places: dict[str, int] | None = None
     license: str | None = None
     hybrid_version: str | None = None
 

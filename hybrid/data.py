@@ -83,11 +83,18 @@ def load_examples(config: DataConfig, split: str) -> list[Example]:
 
 def data_fingerprint(examples: Iterable[Example]) -> str:
     """Hash everything in the examples, and their order, to 16 letters that are the same on every machine."""
-    rows = (
-        {name: value for name, value in asdict(e).items() if (name, value) != ("answer_text", None)} for e in examples
-    )
-    lines = (json.dumps(row, sort_keys=True) for row in rows)
+    lines = (json.dumps(_without_absent(asdict(example)), sort_keys=True) for example in examples)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _without_absent(row: dict[str, Any]) -> dict[str, Any]:
+    """An example as it was before it could have an answer in words, and fields a place."""
+    for field in row["fields"]:
+        if field["at"] is None:
+            del field["at"]
+    if row["answer_text"] is None:
+        del row["answer_text"]
+    return row
 
 
 def _role_examples(config: DataConfig, role: str) -> list[Example]:
@@ -262,9 +269,10 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
         given = list(answer) if given is None else given
     elif given is None:
         given, answer = ["answer"], {"answer": answer}
-    # A field is {name, options}, or a name whose options are the choices.
+    # A field is {name, options, at}, or a name whose options are the choices.
     listed = cast(list[Any], given)
     named: dict[str, Any] = {f: options for f in listed if isinstance(f, str)}
+    places = {f["name"]: f.get("at") for f in listed if not isinstance(f, str)}
     named = named or {f["name"]: f.get("options", options) for f in listed}
     if isinstance(answer, list) and len(answer) == len(named):
         answer = dict(zip(named, answer, strict=True))
@@ -272,7 +280,9 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
         raise ValueError(f"answer {answer!r}: expected one option for each of the fields {list(named)}")
     if wrong := {key: values for key, values in named.items() if not isinstance(values, list | tuple)}:
         raise ValueError(f"choices of the fields {wrong}: expected lists of texts, or set data.choices")
-    fields = tuple(Field(key, tuple(str(value).strip() for value in values)) for key, values in named.items())
+    fields = tuple(
+        Field(key, tuple(str(value).strip() for value in values), places.get(key)) for key, values in named.items()
+    )
     answers = tuple(_pick(field, answer[field.name]) for field in fields)
     words = row.get("answer_text")
     return Example(
@@ -328,12 +338,14 @@ def _generate(config: DataConfig, role: str) -> list[dict[str, Any]]:
 def sudoku_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Write a puzzle (lists of lines, 0 where a cell is empty; `num_empty`) in the canonical columns.
 
-    9×9 grids have one digit a cell and no spaces (`530070000`): where each digit is a token, all cells are alike.
+    9×9 grids have one digit a cell and no spaces (`530070000`), and each cell is a field that stands at its digit.
     """
     space, empty = (" ", "_") if len(row["puzzle"]) < 9 else ("", "0")
     puzzle = "\n".join(space.join(str(digit or empty) for digit in line) for line in row["puzzle"])
     cells = {f"r{r}c{c}": str(x) for r, line in enumerate(row["solution"], 1) for c, x in enumerate(line, 1)}
-    fields = [{"name": cell, "options": [str(x + 1) for x in range(len(row["puzzle"]))]} for cell in cells]
+    options = [str(x + 1) for x in range(len(row["puzzle"]))]
+    characters = (None if space else n for n, letter in enumerate(puzzle) if letter not in " \n")
+    fields = [{"name": cell, "options": options, "at": at} for cell, at in zip(cells, characters, strict=True)]
     question = "Which digit belongs in each cell of this Sudoku?"
     return {"context": puzzle, "question": question, "fields": fields, "answer": cells, "depth": row["num_empty"]}
 

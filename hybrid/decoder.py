@@ -21,6 +21,8 @@ class Field:
     Args:
         name: What is asked, in words (`relation`, a person's name, `r1c1`).
         options: At least two different texts; a string is a sequence of one-character options (`"123456789"`).
+        at: Where it stands in the text, if it does: a character of context, space and question, from 0. The field then
+            starts from what the language model makes of the token there (a cell of a grid from its own digit).
 
     Raises:
         ValueError: Fewer than two options, an empty one, or one that appears twice.
@@ -28,6 +30,7 @@ class Field:
 
     name: str
     options: Sequence[str]
+    at: int | None = None
 
     def __post_init__(self):
         if isinstance(self.options, str) and len(set(self.options)) < len(self.options):
@@ -54,12 +57,14 @@ class FieldBatch:
         known_index: Row of each text in the learned residual table, -1 if it has none.
         name_index: Text number of each field's name, -1 for padding.
         option_index: Text number of each option, -1 for padding.
+        places: Memory vector at which each field starts, -1 for none; `None` if none does.
     """
 
     text_vectors: Float[Tensor, "texts backbone_dim"]
     known_index: Int[Tensor, " texts"]
     name_index: Int[Tensor, "batch fields"]
     option_index: Int[Tensor, "batch fields options"]
+    places: Int[Tensor, "batch fields"] | None = None
 
     @property
     def field_mask(self) -> Bool[Tensor, "batch fields"]:
@@ -68,7 +73,8 @@ class FieldBatch:
 
     def select(self, rows: Tensor) -> FieldBatch:
         """The fields of some rows."""
-        return FieldBatch(self.text_vectors, self.known_index, self.name_index[rows], self.option_index[rows])
+        places = self.places[rows] if self.places is not None else None
+        return FieldBatch(self.text_vectors, self.known_index, self.name_index[rows], self.option_index[rows], places)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FieldBatch:
         """The batch on a device; vectors in `dtype`."""
@@ -77,6 +83,7 @@ class FieldBatch:
             self.known_index.to(device),
             self.name_index.to(device),
             self.option_index.to(device),
+            self.places.to(device) if self.places is not None else None,
         )
 
 

@@ -125,7 +125,7 @@ def sudoku_example(row: Mapping[str, str], name: str) -> Example:
     )
     num_empty = sum(line.count(0) for line in puzzle)
     canonical = sudoku_row({"puzzle": puzzle, "solution": solution, "num_empty": num_empty})
-    fields = tuple(Field(field["name"], field["options"]) for field in canonical["fields"])
+    fields = tuple(Field(**field) for field in canonical["fields"])
     answers = tuple(canonical["answer"].values())
     return Example(canonical["context"], canonical["question"], fields, answers, num_empty, name)
 

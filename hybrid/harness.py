@@ -27,7 +27,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from tqdm import tqdm
 
 from hybrid import __version__
-from hybrid.backbone import CONTEXT_SEPARATOR, Backbone, load_backbone, quick_hash
+from hybrid.backbone import Backbone, load_backbone, one_text, quick_hash
 from hybrid.baselines import check_zero_shot
 from hybrid.config import HybridConfig
 from hybrid.decoder import Field
@@ -287,7 +287,8 @@ class HybridLM(Processes, LM):
     def _log_probabilities(self, questions: Sequence[Question]) -> list[list[dict[str, float]]]:
         """For each question and field, the log-probability of each option, in nats."""
         hidden_states, mask = self.model.embed([(question.context, question.question) for question in questions])
-        fields = self.model.field_batch([question.fields for question in questions])
+        texts = [one_text(question.context, question.question) for question in questions]
+        fields = self.model.field_batch([question.fields for question in questions], texts=texts)
         scores = refine_rollouts(self.model, hidden_states, mask, fields, **self.refinement).scores
         return [
             [
@@ -308,7 +309,7 @@ class HybridLM(Processes, LM):
                 "nothing to choose from, and a likelihood needs a head with a text decoder"
             )
         context, question = _text(group[0])
-        read = f"{context}{CONTEXT_SEPARATOR}{question}" if context else question
+        read = one_text(context, question)
         scores = text_log_likelihoods(
             self.model,
             [(context, question)] * len(group),

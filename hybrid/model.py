@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -142,7 +143,7 @@ class HybridModel(PreTrainedModel):
         text: TextConfig | None = None,
         known_options: Sequence[str] = (),
         choices: Sequence[str] | None = None,
-        fields: Mapping[str, Sequence[str]] | None = None,
+        fields: Sequence[Field] | None = None,
         license: str | None = None,
     ) -> HybridModel:
         """A new, untrained head for a backbone.
@@ -155,7 +156,7 @@ class HybridModel(PreTrainedModel):
             text: Whether it writes text, and how it is asked to.
             known_options: Options that get a learned residual.
             choices: Options of a question asked without any.
-            fields: What such a question asks, if it is several fields: name to options.
+            fields: What such a question asks, if it is several fields.
             license: Licence of the head, for its card.
         """
         config = HybridConfig(
@@ -166,7 +167,8 @@ class HybridModel(PreTrainedModel):
             backbone_dim=backbone.dim,
             known_options=list(known_options),
             choices=list(choices) if choices is not None else None,
-            fields={name: list(options) for name, options in fields.items()} if fields is not None else None,
+            fields={field.name: list(field.options) for field in fields} if fields is not None else None,
+            places={field.name: field.at for field in fields or () if field.at is not None} or None,
             license=license,
             hybrid_version=__version__,
         )
@@ -348,8 +350,22 @@ class HybridModel(PreTrainedModel):
         """Field and tape slots; tokens that are slots come behind them."""
         return fields.name_index.shape[1] + self.config.reasoner.num_tape_slots
 
-    def field_batch(self, rows: Sequence[Sequence[Field]], num_fields: int | None = None) -> FieldBatch:
-        """Fields as tensors; padded to `num_fields`, or to the longest row."""
+    def field_batch(
+        self,
+        rows: Sequence[Sequence[Field]],
+        num_fields: int | None = None,
+        texts: Sequence[str] | None = None,
+    ) -> FieldBatch:
+        """Fields as tensors.
+
+        Args:
+            rows: The fields of each question.
+            num_fields: Pad to this number, or to the longest row.
+            texts: Context and question of each, in one; without them no field has a place.
+
+        Raises:
+            ValueError: A field does not stand in its text.
+        """
         encoded = [self._texts.encode(tuple(fields)) for fields in rows]
         num_fields = num_fields or max(len(names) for names, _ in encoded)
         num_options = max(options.shape[1] for _, options in encoded)
@@ -361,15 +377,27 @@ class HybridModel(PreTrainedModel):
         used, inverse = np.unique(np.concatenate([names.ravel(), options.ravel()]), return_inverse=True)
         padding = int(used[0] == -1)  # number texts within the batch; -1 stays -1
         inverse = torch.from_numpy(inverse.ravel() - padding)
-        texts = used[padding:]
-        known = torch.tensor([self._known.get(self._texts.names[text], -1) for text in texts])
+        numbers = used[padding:]
+        known = torch.tensor([self._known.get(self._texts.names[number], -1) for number in numbers])
         batch = FieldBatch(
-            self._texts.vectors(self.backbone)[texts],
+            self._texts.vectors(self.backbone)[numbers],
             known,
             inverse[: names.size].view(names.shape),
             inverse[names.size :].view(options.shape),
+            self._places(rows, texts, names.shape) if texts is not None else None,
         )
         return batch.to(self.device, self.dtype)
+
+    def _places(self, rows: Sequence[Sequence[Field]], texts: Sequence[str], shape: tuple[int, ...]) -> Tensor | None:
+        """Number of the memory vector at which each field starts, -1 for none."""
+        own, places = self.config.places or {}, torch.full(shape, -1)
+        for row, (fields, text) in enumerate(zip(rows, texts, strict=True)):
+            at = [own.get(field.name) if field.at is None else field.at for field in fields]
+            standing = {index: character for index, character in enumerate(at) if character is not None}
+            if standing:
+                tokens = self.backbone.tokens_at(text, list(standing.values()))
+                places[row, list(standing)] = torch.tensor(tokens)
+        return places if bool((places >= 0).any()) else None
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -379,12 +407,27 @@ class HybridModel(PreTrainedModel):
         memory, memory_mask = self.adapter(hidden_states, memory_mask)
         slots, slot_mask = self.decoder.slots(fields)
         positions = positions.expand(slots.shape[:2])
+        if fields.places is not None:
+            slots, positions = self._start_at_places(slots, positions, memory, fields.places)
         if self.config.reasoner.refine_memory:
             slots, slot_mask = torch.cat([slots, memory], dim=1), torch.cat([slot_mask, memory_mask], dim=1)
             places = torch.arange(memory.shape[1], device=memory.device).expand(memory.shape[:2])
             positions = torch.cat([positions, places], dim=1)
             memory, memory_mask = memory[:, :0], memory_mask[:, :0]  # nothing is left that is read only
         return Encoded(slots, slot_mask, self.reasoner.project_memory(memory, memory_mask, slot_mask, positions))
+
+    def _start_at_places(
+        self, slots: Tensor, positions: Tensor, memory: Tensor, places: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fields that stand in the text: their slots hold what is there, too, and have its position."""
+        if self.adapter.resampler is not None:
+            raise ValueError(
+                "adapter.kind='resampler' keeps no tokens for fields to start from: use 'linear' or 'mlp'"
+            )
+        places = F.pad(places, (0, slots.shape[1] - places.shape[1]), value=-1)  # tape slots stand nowhere
+        stands, places = places >= 0, places.clamp(min=0)
+        there = memory.gather(1, places.unsqueeze(-1).expand(*places.shape, memory.shape[-1]))
+        return slots + there * stands.unsqueeze(-1), torch.where(stands, places, positions)
 
     def forward(
         self,

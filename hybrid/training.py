@@ -728,7 +728,7 @@ def prepare(
             answer_text(config.text, example)
     backbone = backbone or load_backbone(config.backbone, accelerator.device)
     common = common_fields(examples["train"])
-    is_single = common is not None and list(common) == ["answer"]
+    is_single = common is not None and [field.name for field in common] == ["answer"]
     torch.manual_seed(config.training.seed)
     model = HybridModel.from_backbone(
         backbone,
@@ -737,7 +737,7 @@ def prepare(
         reasoner=config.reasoner,
         text=config.text,
         known_options=known_options(examples["train"]),
-        choices=common["answer"] if is_single else None,
+        choices=common[0].options if common is not None and is_single else None,
         fields=None if is_single else common,
         license=config.data.license,
     )

@@ -48,6 +48,17 @@ def test_one_text_equals_context_and_question(backbone):
     assert backbone.prompt(context, question) == backbone.prompt(None, f"{context} {question}")
 
 
+def test_characters_are_found_in_the_tokens_of_the_memory(any_backbone):
+    prompt = any_backbone.prompt(*TEXTS[1])
+    place = prompt.text.index("C")
+    assert prompt.text == "A is left of B . B is above C . Where is A relative to C ?"
+    alone = any_backbone.tokenizer("C", add_special_tokens=False)["input_ids"]
+    [token, first] = any_backbone.tokens_at(prompt.text, [place, 0])
+    assert prompt.memory_ids[token] == alone[-1] and first == 0
+    with pytest.raises(ValueError, match=f"character {len(prompt.text)} of a text with characters 0 to"):
+        any_backbone.tokens_at(prompt.text, [0, len(prompt.text)])
+
+
 def test_special_tokens_frame_the_prompt_and_stay_out_of_memory(any_backbone):
     prompt = any_backbone.prompt(*TEXTS[0])
     if any_backbone.name == "bert":

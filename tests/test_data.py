@@ -317,6 +317,23 @@ def test_sudoku_is_a_grid_of_fields():
         assert all(sorted(line) == list("1234") for line in [*lines, *zip(*lines, strict=True)])
 
 
+def test_cells_of_a_large_sudoku_stand_at_their_digits():
+    pytest.importorskip("reasoning_gym")
+    for example in load_examples(DataConfig(reasoning_gym="sudoku", max_train_examples=4), "train"):
+        given = [example.context[field.at] for field in example.fields]
+        assert len(given) == 81 and given.count("0") == example.depth
+        assert all(cell in ("0", answer) for cell, answer in zip(given, example.answers, strict=True))
+
+
+def test_fields_of_a_file_may_stand_in_the_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    fields = [{"name": "first", "options": ["1", "2"], "at": 0}, {"name": "second", "options": ["1", "2"], "at": 2}]
+    row = {"question": "1 ?", "fields": fields, "answer": {"first": "1", "second": "2"}}
+    path.write_text(json.dumps(row) + "\n")
+    [example] = load_examples(DataConfig(path=str(path)), "train")
+    assert example.fields == (Field("first", "12", at=0), Field("second", "12", at=2))
+
+
 def test_knights_and_knaves_are_fields_by_name():
     pytest.importorskip("reasoning_gym")
     config = DataConfig(reasoning_gym="knights_knaves", max_train_examples=20, task_parameters={"n_people": 3})

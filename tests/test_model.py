@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CHOICES, tiny_reasoner
+from conftest import CHOICES, tiny_model, tiny_reasoner
 
 from hybrid.backbone import Backbone
 from hybrid.config import AdapterConfig, BackboneConfig, HybridConfig, ReasonerConfig
 from hybrid.decoder import Field
 from hybrid.hub import upload_folder
+from hybrid.layers import rotation
 from hybrid.model import HybridModel
 
 QUESTION = "A is left of B . B is left of C . Where is A relative to C ?"
@@ -81,6 +83,52 @@ def test_variants_run_backward_through_every_parameter(backbone, kind, tie_level
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     silent = [name for name, p in model.named_parameters() if p.grad.abs().sum() == 0]
     assert silent == []
+
+
+@pytest.mark.parametrize("refine_memory", [True, False])
+def test_field_with_a_place_starts_from_the_token_there(backbone, refine_memory):
+    model = tiny_model(backbone, refine_memory=refine_memory, rotary=True)
+    hidden_states, mask = model.embed([(None, QUESTION), (None, "A is left of B ?")])
+    rows = [(Field("one", CHOICES), Field("two", CHOICES, at=QUESTION.index("C"))), (Field("one", CHOICES, at=0),)]
+    fields = model.field_batch(rows, texts=[QUESTION, "A is left of B ?"])
+    assert fields.places.tolist() == [[-1, 10], [0, -1]]
+    memory, _ = model.adapter(hidden_states, mask)
+    nowhere = replace(fields, places=None)
+    moved = model.encode(hidden_states, mask, fields).slots - model.encode(hidden_states, mask, nowhere).slots
+    torch.testing.assert_close(moved[0, 1], memory[0, 10])
+    torch.testing.assert_close(moved[1, 0], memory[1, 0])
+    assert moved.abs().sum((2,)).gt(0).sum() == 2
+    [projected] = model.encode(hidden_states, mask, fields).memory  # attention knows the token's position
+    for turn, expected in zip(projected.turn, rotation(torch.tensor([[10]]), model.reasoner.head_dim), strict=True):
+        assert turn[0, ..., 1, :].equal(expected[0, ..., 0, :])
+
+
+def test_places_of_fields_stay_with_the_head(backbone, tmp_path):
+    asked = (Field("a", CHOICES, at=0), Field("b", CHOICES, at=5), Field("c", CHOICES))
+    model = HybridModel.from_backbone(
+        backbone, backbone_config=BackboneConfig(name_or_path="tiny-llama"), reasoner=tiny_reasoner(), fields=asked
+    ).eval()
+    model.save_pretrained(tmp_path)
+    again = HybridModel.from_pretrained(tmp_path, backbone, dtype="float32")
+    assert again.config.places == {"a": 0, "b": 5}
+    trace = model.answer(QUESTION, fields=asked).trace
+    named = {field.name: CHOICES for field in asked}
+    assert again.answer(QUESTION).trace == again.answer(QUESTION, fields=named).trace == trace
+    elsewhere = [Field("a", CHOICES, at=2), *asked[1:]]
+    assert again.answer(QUESTION, fields=elsewhere).trace != trace
+    with pytest.raises(ValueError, match="stands at character 5 of a text with characters 0 to 2"):
+        again.answer("A ?")
+
+
+def test_resampled_memory_has_no_places(backbone):
+    model = HybridModel.from_backbone(
+        backbone,
+        backbone_config=BackboneConfig(name_or_path="tiny-llama"),
+        adapter=AdapterConfig(kind="resampler", num_vectors=3),
+        reasoner=tiny_reasoner(),
+    )
+    with pytest.raises(ValueError, match="'resampler' keeps no tokens for fields to start from"):
+        model.answer(QUESTION, fields=[Field("one", CHOICES, at=0)])
 
 
 def test_wrong_hidden_size_is_refused(model, tmp_path):

@@ -493,7 +493,7 @@ def test_fields_that_all_questions_ask_are_the_default(folder, backbone):
     def example(*fields: Field) -> Example:
         return Example(None, "?", fields, tuple("1" for _ in fields), None, "x")
 
-    assert common_fields([example(Field("a", "12"), Field("b", "12"))] * 2) == {"a": ["1", "2"], "b": ["1", "2"]}
+    assert common_fields([example(Field("a", "12"), Field("b", "12"))] * 2) == (Field("a", "12"), Field("b", "12"))
     assert common_fields([example(Field("a", "12")), example(Field("b", "12"))]) is None
     rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     rows = [row | {"answer": {"first": row["answer"], "second": row["answer"]}} for row in rows]
