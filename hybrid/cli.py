@@ -389,6 +389,8 @@ def command_generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int | None, default=None, help="refinement steps at most")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens to write at most")
     parser.add_argument("--temperature", type=float | None, default=None, help="sample; greedy if not given")
+    parser.add_argument("--top_p", type=float | None, default=None, help="sample from this share of probability")
+    parser.add_argument("--seed", type=int | None, default=None, help="of sampling; by default a new one")
     parser.add_argument("--num_beams", type=int, default=1, help="beam search")
     parser.add_argument("--chat", type=bool | None, nargs="?", const=True, default=None, help="as a chat")
     parsed = _parse(parser, arguments)
@@ -397,8 +399,10 @@ def command_generate(arguments: Sequence[str]) -> None:
             raise ValueError(f"--{flag} {getattr(parsed, flag)}: expected a number > 0")
     if parsed.temperature is not None and parsed.temperature <= 0:
         raise ValueError(f"--temperature {parsed.temperature}: expected a number > 0; leave it out for greedy text")
+    if parsed.top_p is not None and not 0 < parsed.top_p <= 1:
+        raise ValueError(f"--top_p {parsed.top_p}: expected a number in (0, 1]")
     asked = _asked(parsed)
-    from transformers import TextStreamer
+    from transformers import TextStreamer, set_seed
 
     from hybrid.generation import generate_text
     from hybrid.model import HybridModel
@@ -407,9 +411,10 @@ def command_generate(arguments: Sequence[str]) -> None:
     if "schema" in asked:
         asked["fields"] = {field.name: field.options for field in read_schema(asked.pop("schema")).fields}
     model = HybridModel.from_pretrained(parsed.head)
-    how: dict[str, Any] = {"do_sample": parsed.temperature is not None, "num_beams": parsed.num_beams}
-    if parsed.temperature is not None:
-        how["temperature"] = parsed.temperature
+    sampling = {name: getattr(parsed, name) for name in ("temperature", "top_p") if getattr(parsed, name) is not None}
+    how: dict[str, Any] = {"do_sample": bool(sampling), "num_beams": parsed.num_beams, **sampling}
+    if parsed.seed is not None:
+        set_seed(parsed.seed)
     if parsed.num_beams == 1:  # beams are known at their end only
         how["streamer"] = TextStreamer(model.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = generate_text(

@@ -247,6 +247,7 @@ class HybridModel(PreTrainedModel):
         if folder.is_dir():
             check_head_folder(folder)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = kwargs.pop("torch_dtype", dtype)  # its name in earlier versions of transformers
         if dtype == "auto":
             dtype = native_dtype(device)
         try:

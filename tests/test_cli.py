@@ -118,11 +118,18 @@ def test_train_and_generate(config_file, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
     main(["generate", head, question, "--temperature", "0.7", "--choices", "left, right", "--steps", "1"])
     main(["generate", head, question, "--grid", "2x2", "--max_new_tokens", "2"])
+    capsys.readouterr()
+    sampled = []
+    for seed in ("1", "1", "2"):
+        main(["generate", head, question, "--max_new_tokens", "8", "--top_p", "0.99", "--seed", seed])
+        sampled.append(capsys.readouterr().out)
+    assert sampled[0] == sampled[1] != sampled[2]
     main(["ask", head, question, "--explain"])
     assert capsys.readouterr().out.splitlines()[-2].endswith("steps)")  # then what is written
     assert "--max_new_tokens 0" in error_of(capsys, "generate", head, question, "--max_new_tokens", "0")
     assert "--num_beams 0" in error_of(capsys, "generate", head, question, "--num_beams", "0")
     assert "--temperature 0.0" in error_of(capsys, "generate", head, question, "--temperature", "0")
+    assert "--top_p 2.0: expected a number in (0, 1]" in error_of(capsys, "generate", head, question, "--top_p", "2")
     assert "no chat template" in error_of(capsys, "generate", head, question, "--chat")
 
 

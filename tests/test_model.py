@@ -54,6 +54,7 @@ def test_recorded_backbone_is_attached(model, backbone_folder, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = HybridModel.from_pretrained(tmp_path, dtype="float32")
     assert loaded.answer(QUESTION).probability == pytest.approx(model.answer(QUESTION).probability, abs=1e-6)
+    assert HybridModel.from_pretrained(tmp_path, torch_dtype=torch.float32).dtype == torch.float32
 
 
 def test_two_heads_share_one_backbone_with_their_own_layers(model, backbone):
