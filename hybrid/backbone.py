@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -312,12 +312,20 @@ class Backbone:
         """Which of the memory tokens of a text holds each of some characters, both numbered from 0.
 
         Raises:
-            ValueError: The text is shorter, or the tokenizer does not tell.
+            ValueError: The text is shorter, or the tokenizer is slow (it does not tell).
         """
-        ends = _token_ends(self.tokenizer, text)
-        if wrong := [character for character in characters if not 0 <= character < ends[-1]]:
-            raise ValueError(f"a field stands at character {wrong[0]} of a text with characters 0 to {ends[-1] - 1}")
-        return [bisect.bisect_right(ends, character) for character in characters]
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"the tokenizer of {self.name} does not tell where its tokens stand: leave out Field.at")
+        offsets: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        ends = [end for _, end in offsets]
+        if max(characters) >= ends[-1]:
+            raise ValueError(
+                f"a field stands at character {max(characters)}, and the text (context, a space, question) has "
+                f"{ends[-1]}: ask with the context that the field stands in"
+            )
+        found = [bisect.bisect_right(ends, character) for character in characters]
+        # A piece that marks the start of a word ends where the word's first letter does: the last of them holds it.
+        return [bisect.bisect_right(ends, ends[token]) - 1 for token in found]
 
     # -- text to go on from ----------------------------------------------------------------------------------------
 
@@ -590,16 +598,6 @@ def _short_encoder(encoder: nn.Module, device: torch.device) -> nn.Module:
     view = copy.deepcopy(encoder, shared)
     view.set_attn_implementation("eager")
     return view
-
-
-@lru_cache(maxsize=20_000)  # training asks for the same texts again and again
-def _token_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """How many characters of the text lie before the end of each token."""
-    try:
-        offsets: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    except NotImplementedError:
-        raise ValueError("fields with a place in the text (at) need a fast tokenizer: this one is slow") from None
-    return [end for _, end in offsets]
 
 
 def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

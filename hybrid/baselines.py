@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from hybrid.backbone import CONTEXT_SEPARATOR, Backbone, length_batches
+from hybrid.backbone import Backbone, length_batches, one_text
 from hybrid.batches import EmbeddedExamples, label_numbers
 from hybrid.config import RunConfig
 from hybrid.data import Example
@@ -67,8 +67,8 @@ def answer_prompt(example: Example, field: Field) -> str:
 
     With the field `answer`, this is also the prompt of a head that writes text.
     """
-    context = f"{example.context}{CONTEXT_SEPARATOR}" if example.context else ""
-    return f"{context}{example.question}\n{'Answer' if field.name == 'answer' else field.name}:"
+    text = one_text(example.context, example.question)
+    return f"{text}\n{'Answer' if field.name == 'answer' else field.name}:"
 
 
 @torch.inference_mode()

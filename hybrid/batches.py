@@ -10,7 +10,7 @@ from torch import Tensor
 from hybrid.backbone import Backbone, length_batches, one_text
 from hybrid.config import FeatureConfig
 from hybrid.data import Example
-from hybrid.decoder import Field, FieldBatch
+from hybrid.decoder import FieldBatch
 from hybrid.features import FeatureCache, fill_cache, text_key
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
@@ -42,6 +42,7 @@ class EmbeddedExamples:
         self._keys = [text_key(*text) for text in texts]
         fill_cache(cache, backbone, texts, token_budget, progress)
         self.lengths = cache.lengths(self._keys)
+        self._starts: dict[int, list[int]] = {}
         self._labels = [torch.tensor(label_numbers(example)) for example in self.examples]
         self.num_fields = max(len(example.fields) for example in self.examples)
 
@@ -63,14 +64,19 @@ class EmbeddedExamples:
             num_fields: Pad the fields to this number.
         """
         token_ids, stored, mask = self._cache.read_padded([self._keys[row] for row in rows])
-        examples = [self.examples[row] for row in rows]
-        texts = [one_text(example.context, example.question) for example in examples]
-        fields = model.field_batch([example.fields for example in examples], num_fields, texts)
+        starts = [self._field_starts(model, row) for row in rows] if model.config.places is not None else None
+        fields = model.field_batch([self.examples[row].fields for row in rows], num_fields, starts)
         labels = torch.full(fields.name_index.shape, IGNORED)
         for position, row in enumerate(rows):
             labels[position, : len(self._labels[row])] = self._labels[row]
         device = model.device
         return model.all_layers(token_ids, stored), mask.to(device), fields, labels.to(device)
+
+    def _field_starts(self, model: HybridModel, row: int) -> list[int]:
+        if row not in self._starts:
+            example = self.examples[row]
+            self._starts[row] = model.field_starts(example.fields, one_text(example.context, example.question))
+        return self._starts[row]
 
 
 def label_numbers(example: Example) -> list[int]:
@@ -90,10 +96,21 @@ def known_options(examples: Sequence[Example], at_most: int = 1000) -> list[str]
     return known if len(known) <= at_most else []
 
 
-def common_fields(examples: Sequence[Example]) -> tuple[Field, ...] | None:
-    """The fields, when every example asks the same ones."""
-    asked = {example.fields for example in examples}
-    return asked.pop() if len(asked) == 1 else None
+def common_fields(examples: Sequence[Example]) -> dict[str, list[str]] | None:
+    """Names and options of the fields, when every example asks the same ones."""
+    asked = {tuple((field.name, tuple(field.options)) for field in example.fields) for example in examples}
+    return {name: list(options) for name, options in asked.pop()} if len(asked) == 1 else None
+
+
+def common_places(examples: Sequence[Example]) -> dict[str, int] | None:
+    """Where fields stand, for the names that stand at the same character in every example; `None` if none stands."""
+    found: dict[str, set[int | None]] = {}
+    for field in {field for example in examples for field in example.fields}:
+        found.setdefault(field.name, set()).add(field.at)
+    if all(at == {None} for at in found.values()):
+        return None
+    same = {name: at.pop() for name, at in sorted(found.items()) if len(at) == 1}
+    return {name: at for name, at in same.items() if at is not None}
 
 
 def embed_examples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -413,6 +414,9 @@ def command_generate(arguments: Sequence[str]) -> None:
     model = HybridModel.from_pretrained(parsed.head)
     sampling = {name: getattr(parsed, name) for name in ("temperature", "top_p") if getattr(parsed, name) is not None}
     how: dict[str, Any] = {"do_sample": bool(sampling), "num_beams": parsed.num_beams, **sampling}
+    if parsed.seed is not None and not sampling:
+        unused = f"--seed {parsed.seed} changes nothing: nothing is drawn without --temperature or --top_p"
+        warnings.warn(unused, stacklevel=2)
     if parsed.seed is not None:
         set_seed(parsed.seed)
     if parsed.num_beams == 1:  # beams are known at their end only

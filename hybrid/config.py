@@ -397,7 +397,8 @@ class HybridConfig(PreTrainedConfig):
         known_options: Options and field names that own a learned residual, in the order of its rows.
         choices: Default options of a question asked without any.
         fields: Default fields of a head whose questions all ask the same several ones: name to options.
-        places: Where fields of these names stand in a text (`Field.at`), when it is the same in every question.
+        places: Where fields of these names stand (`Field.at`) if they do not say it: those that stood at the same
+            character in all of the training set. `None` if no field stood anywhere: `at` is ignored then.
         license: Licence of the head, for its card.
         hybrid_version: Version that wrote the head.
     """

@@ -22,6 +22,7 @@ from typing import Any, cast
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from hybrid.backbone import one_text
 from hybrid.config import DataConfig
 from hybrid.decoder import Field
 
@@ -283,11 +284,24 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     fields = tuple(
         Field(key, tuple(str(value).strip() for value in values), places.get(key)) for key, values in named.items()
     )
+    if any(field.at is not None for field in fields):
+        _check_places(fields, texts, (context, question))
     answers = tuple(_pick(field, answer[field.name]) for field in fields)
     words = row.get("answer_text")
     return Example(
         context or None, question, fields, answers, _to_depth(row.get("depth")), name, str(words) if words else None
     )
+
+
+def _check_places(fields: Sequence[Field], given: tuple[Any, Any], texts: tuple[str, str]) -> None:
+    if given != texts:
+        raise ValueError("fields with `at` count characters: give context and question as texts, no space around them")
+    length = len(one_text(*texts))
+    for field in fields:
+        if field.at is not None and field.at >= length:
+            raise ValueError(
+                f"field {field.name!r} stands at character {field.at}: context and question have {length}"
+            )
 
 
 def _pick(field: Field, value: Any) -> str:

@@ -21,11 +21,11 @@ class Field:
     Args:
         name: What is asked, in words (`relation`, a person's name, `r1c1`).
         options: At least two different texts; a string is a sequence of one-character options (`"123456789"`).
-        at: Where it stands in the text, if it does: a character of context, space and question, from 0. The field then
-            starts from what the language model makes of the token there (a cell of a grid from its own digit).
+        at: The character at which it stands, if it does, counted from 0 over context, one space and question. A head
+            trained so starts from what the language model makes of the token there: a cell of a grid from its digit.
 
     Raises:
-        ValueError: Fewer than two options, an empty one, or one that appears twice.
+        ValueError: Fewer than two options, an empty one, one that appears twice, or an `at` that is no number ≥ 0.
     """
 
     name: str
@@ -39,6 +39,8 @@ class Field:
         object.__setattr__(self, "options", options)
         if not self.name:
             raise ValueError("a field needs a name")
+        if self.at is not None and (not isinstance(self.at, int) or isinstance(self.at, bool) or self.at < 0):
+            raise ValueError(f"field {self.name!r} has at={self.at!r}: expected the number of a character, from 0")
         if len(options) < 2:
             raise ValueError(f"field {self.name!r} has options {list(options)}: at least two are needed")
         if any(not isinstance(option, str) or not option.strip() for option in options):
@@ -57,14 +59,14 @@ class FieldBatch:
         known_index: Row of each text in the learned residual table, -1 if it has none.
         name_index: Text number of each field's name, -1 for padding.
         option_index: Text number of each option, -1 for padding.
-        places: Memory vector at which each field starts, -1 for none; `None` if none does.
+        starts: Number of the memory vector that each field starts from, -1 for none; `None` if none does.
     """
 
     text_vectors: Float[Tensor, "texts backbone_dim"]
     known_index: Int[Tensor, " texts"]
     name_index: Int[Tensor, "batch fields"]
     option_index: Int[Tensor, "batch fields options"]
-    places: Int[Tensor, "batch fields"] | None = None
+    starts: Int[Tensor, "batch fields"] | None = None
 
     @property
     def field_mask(self) -> Bool[Tensor, "batch fields"]:
@@ -73,8 +75,8 @@ class FieldBatch:
 
     def select(self, rows: Tensor) -> FieldBatch:
         """The fields of some rows."""
-        places = self.places[rows] if self.places is not None else None
-        return FieldBatch(self.text_vectors, self.known_index, self.name_index[rows], self.option_index[rows], places)
+        starts = self.starts[rows] if self.starts is not None else None
+        return FieldBatch(self.text_vectors, self.known_index, self.name_index[rows], self.option_index[rows], starts)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FieldBatch:
         """The batch on a device; vectors in `dtype`."""
@@ -83,7 +85,7 @@ class FieldBatch:
             self.known_index.to(device),
             self.name_index.to(device),
             self.option_index.to(device),
-            self.places.to(device) if self.places is not None else None,
+            self.starts.to(device) if self.starts is not None else None,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -53,7 +54,7 @@ class Documents(dict[str, datasets.Dataset]):
 
 def documents_of(example: Example) -> list[dict[str, Any]]:
     """A document for each field: what is asked, the options, the answer, and the prompt of a language model."""
-    fields = json.dumps({field.name: list(field.options) for field in example.fields})
+    fields = json.dumps([asdict(field) for field in example.fields])
     shared = {"id": example.id, "depth": example.depth, "context": example.context, "question": example.question}
     return [
         {
@@ -80,7 +81,7 @@ def fields_of(document: Mapping[str, Any]) -> tuple[Field, ...]:
 
 @lru_cache(maxsize=1024)  # the cells of a grid are as many documents with the same fields
 def _fields(text: str) -> tuple[Field, ...]:
-    return tuple(Field(name, options) for name, options in json.loads(text).items())
+    return tuple(Field(**field) for field in json.loads(text))
 
 
 # -- what the YAML files name: each takes `dataset_kwargs` and, ignored, what lm-eval adds to them ------------------

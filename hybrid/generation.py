@@ -240,7 +240,7 @@ def _read_and_refine(
     model: HybridModel, prompts: Sequence[TextPrompt], asked: Sequence[Field], width: int = 0, **refinement: Any
 ) -> tuple[PromptPass, SoftTokens]:
     read, hidden_states, memory_mask = read_texts(model, prompts, width)
-    batch = model.field_batch([asked] * len(prompts), texts=[prompt.reading.text for prompt in prompts])
+    batch = model.field_batch([asked] * len(prompts))
     refined = refine_rollouts(model, hidden_states, memory_mask, batch, **refinement)
     return read, soft_tokens(model, refined.answer_latent, batch)
 

@@ -261,6 +261,12 @@ class HybridLM(Processes, LM):
         only if they were numbered without a gap; the head's own choices stand in where they hold the ones asked for.
         """
         document = group[0].doc
+        is_as_it_was = is_document(document) and group[0].args[0] == document["prompt"]
+        if self.model.config.places is not None and not is_as_it_was:
+            raise ValueError(
+                f"task {group[0].task_name}: the fields of this head stand at characters of a question, which nobody "
+                "finds among examples or in a chat: leave out num_fewshot and chat, and use a task of `hybrid harness`"
+            )
         if is_document(document):
             fields = fields_of(document)
             asked = [field.name for field in fields].index(document["field"])
@@ -287,8 +293,10 @@ class HybridLM(Processes, LM):
     def _log_probabilities(self, questions: Sequence[Question]) -> list[list[dict[str, float]]]:
         """For each question and field, the log-probability of each option, in nats."""
         hidden_states, mask = self.model.embed([(question.context, question.question) for question in questions])
-        texts = [one_text(question.context, question.question) for question in questions]
-        fields = self.model.field_batch([question.fields for question in questions], texts=texts)
+        starts = None
+        if self.model.config.places is not None:
+            starts = [self.model.field_starts(q.fields, one_text(q.context, q.question)) for q in questions]
+        fields = self.model.field_batch([question.fields for question in questions], starts=starts)
         scores = refine_rollouts(self.model, hidden_states, mask, fields, **self.refinement).scores
         return [
             [

@@ -317,7 +317,8 @@ def answer_batch(
             read, hidden_states, mask = read_texts(model, prompts)
         else:
             read, (hidden_states, mask) = None, model.embed([texts[row] for row in rows])
-        batch = model.field_batch([asked] * len(rows), texts=[readings[row].text for row in rows])
+        starts = model.starts_of(asked, [readings[row] for row in rows])
+        batch = model.field_batch([asked] * len(rows), starts=starts)
         refined = refine_rollouts(
             model,
             hidden_states,
@@ -373,7 +374,18 @@ def fields_asked(
             "this head has no default choices: give choices, fields or a schema (flags of `hybrid ask` and "
             "`hybrid generate`, too)"
         )
-    names = [field.name for field in asked]
+    names, places = [field.name for field in asked], model.config.places
+    if places is None and (standing := [field.name for field in asked if field.at is not None]):
+        warnings.warn(
+            f"fields {standing[:3]} say where they stand, which this head ignores: no field of its training set did",
+            stacklevel=3,
+        )
+    if places is not None and (
+        lost := [field.name for field in asked if field.at is None and field.name not in places]
+    ):
+        warnings.warn(
+            f"fields {lost[:3]} do not say where they stand (at), as in training: expect guesses", stacklevel=3
+        )
     if own is not None and (new := [name for name in names if name not in own]):
         warnings.warn(
             f"fields {new[:3]} are unknown to this head, which always was asked {list(own)[:3]} …: expect guesses",

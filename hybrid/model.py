@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from hybrid import __version__
 from hybrid.adapter import Adapter
-from hybrid.backbone import Backbone, load_backbone, native_dtype, quiet_transformers
+from hybrid.backbone import Backbone, Prompt, load_backbone, native_dtype, quiet_transformers
 from hybrid.config import AdapterConfig, HybridConfig, ReasonerConfig, TextConfig
 from hybrid.decoder import Field, FieldBatch, FieldDecoder, TextDecoder
 from hybrid.hub import check_head_folder, write_card
@@ -83,6 +83,15 @@ class HybridModel(PreTrainedModel):
         if config.backbone.layers is None:
             raise ValueError("config.backbone.layers is null: use HybridModel.from_backbone, which resolves it")
         reasoner, adapter = config.reasoner, config.adapter
+        if config.places is not None and adapter.kind == "resampler":
+            raise ValueError(
+                "adapter.kind='resampler' keeps no tokens for fields to start from: use 'linear' or 'mlp'"
+            )
+        if config.places is not None and config.text.enabled:
+            raise ValueError(
+                "text.enabled with fields that stand at a place (at): in other text the place means nothing, so such "
+                "a head does not write; leave out one of them"
+            )
         self.adapter = Adapter(
             kind=adapter.kind,
             layer_mix=adapter.layer_mix,
@@ -143,7 +152,8 @@ class HybridModel(PreTrainedModel):
         text: TextConfig | None = None,
         known_options: Sequence[str] = (),
         choices: Sequence[str] | None = None,
-        fields: Sequence[Field] | None = None,
+        fields: Mapping[str, Sequence[str]] | None = None,
+        places: Mapping[str, int] | None = None,
         license: str | None = None,
     ) -> HybridModel:
         """A new, untrained head for a backbone.
@@ -156,7 +166,8 @@ class HybridModel(PreTrainedModel):
             text: Whether it writes text, and how it is asked to.
             known_options: Options that get a learned residual.
             choices: Options of a question asked without any.
-            fields: What such a question asks, if it is several fields.
+            fields: What such a question asks, if it is several fields: name to options.
+            places: Where fields stand in the text, as in `HybridConfig`; an empty mapping if each says so itself.
             license: Licence of the head, for its card.
         """
         config = HybridConfig(
@@ -167,8 +178,8 @@ class HybridModel(PreTrainedModel):
             backbone_dim=backbone.dim,
             known_options=list(known_options),
             choices=list(choices) if choices is not None else None,
-            fields={field.name: list(field.options) for field in fields} if fields is not None else None,
-            places={field.name: field.at for field in fields or () if field.at is not None} or None,
+            fields={name: list(options) for name, options in fields.items()} if fields is not None else None,
+            places=dict(places) if places is not None else None,
             license=license,
             hybrid_version=__version__,
         )
@@ -355,17 +366,14 @@ class HybridModel(PreTrainedModel):
         self,
         rows: Sequence[Sequence[Field]],
         num_fields: int | None = None,
-        texts: Sequence[str] | None = None,
+        starts: Sequence[Sequence[int]] | None = None,
     ) -> FieldBatch:
         """Fields as tensors.
 
         Args:
             rows: The fields of each question.
             num_fields: Pad to this number, or to the longest row.
-            texts: Context and question of each, in one; without them no field has a place.
-
-        Raises:
-            ValueError: A field does not stand in its text.
+            starts: The memory vectors that the fields of each start from (`field_starts`).
         """
         encoded = [self._texts.encode(tuple(fields)) for fields in rows]
         num_fields = num_fields or max(len(names) for names, _ in encoded)
@@ -385,20 +393,34 @@ class HybridModel(PreTrainedModel):
             known,
             inverse[: names.size].view(names.shape),
             inverse[names.size :].view(options.shape),
-            self._places(rows, texts, names.shape) if texts is not None else None,
         )
+        if starts is not None:
+            batch.starts = torch.full(names.shape, -1)
+            for row, found in enumerate(starts):
+                batch.starts[row, : len(found)] = torch.tensor(found)
         return batch.to(self.device, self.dtype)
 
-    def _places(self, rows: Sequence[Sequence[Field]], texts: Sequence[str], shape: tuple[int, ...]) -> Tensor | None:
-        """Number of the memory vector at which each field starts, -1 for none."""
-        own, places = self.config.places or {}, torch.full(shape, -1)
-        for row, (fields, text) in enumerate(zip(rows, texts, strict=True)):
-            at = [own.get(field.name) if field.at is None else field.at for field in fields]
-            standing = {index: character for index, character in enumerate(at) if character is not None}
-            if standing:
-                tokens = self.backbone.tokens_at(text, list(standing.values()))
-                places[row, list(standing)] = torch.tensor(tokens)
-        return places if bool((places >= 0).any()) else None
+    def field_starts(self, fields: Sequence[Field], text: str) -> list[int]:
+        """Number of the memory vector that each field starts from, -1 for none.
+
+        Args:
+            fields: What is asked.
+            text: Context, a space and question.
+
+        Raises:
+            ValueError: A field stands behind the end of the text.
+        """
+        own = self.config.places or {}
+        at = [own.get(field.name) if field.at is None else field.at for field in fields]
+        standing = [character for character in at if character is not None]
+        tokens = iter(self.backbone.tokens_at(text, standing) if standing else ())
+        return [-1 if character is None else next(tokens) for character in at]
+
+    def starts_of(self, fields: Sequence[Field], prompts: Sequence[Prompt]) -> list[list[int]] | None:
+        """`field_starts` for questions that share their fields; `None` for a head that knows no places."""
+        if self.config.places is None:
+            return None
+        return [self.field_starts(fields, prompt.text) for prompt in prompts]
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -408,8 +430,8 @@ class HybridModel(PreTrainedModel):
         memory, memory_mask = self.adapter(hidden_states, memory_mask)
         slots, slot_mask = self.decoder.slots(fields)
         positions = positions.expand(slots.shape[:2])
-        if fields.places is not None:
-            slots, positions = self._start_at_places(slots, positions, memory, fields.places)
+        if fields.starts is not None:
+            slots, positions = self._start_at(fields.starts, slots, positions, memory)
         if self.config.reasoner.refine_memory:
             slots, slot_mask = torch.cat([slots, memory], dim=1), torch.cat([slot_mask, memory_mask], dim=1)
             places = torch.arange(memory.shape[1], device=memory.device).expand(memory.shape[:2])
@@ -417,18 +439,12 @@ class HybridModel(PreTrainedModel):
             memory, memory_mask = memory[:, :0], memory_mask[:, :0]  # nothing is left that is read only
         return Encoded(slots, slot_mask, self.reasoner.project_memory(memory, memory_mask, slot_mask, positions))
 
-    def _start_at_places(
-        self, slots: Tensor, positions: Tensor, memory: Tensor, places: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Fields that stand in the text: their slots hold what is there, too, and have its position."""
-        if self.adapter.resampler is not None:
-            raise ValueError(
-                "adapter.kind='resampler' keeps no tokens for fields to start from: use 'linear' or 'mlp'"
-            )
-        places = F.pad(places, (0, slots.shape[1] - places.shape[1]), value=-1)  # tape slots stand nowhere
-        stands, places = places >= 0, places.clamp(min=0)
-        there = memory.gather(1, places.unsqueeze(-1).expand(*places.shape, memory.shape[-1]))
-        return slots + there * stands.unsqueeze(-1), torch.where(stands, places, positions)
+    def _start_at(self, starts: Tensor, slots: Tensor, positions: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots that hold the memory vectors they start from, too, and stand at the positions of those."""
+        starts = F.pad(starts, (0, slots.shape[1] - starts.shape[1]), value=-1)  # tape slots start from none
+        stands, starts = starts >= 0, starts.clamp(min=0)
+        there = memory.gather(1, starts.unsqueeze(-1).expand(*starts.shape, memory.shape[-1]))
+        return slots + there * stands.unsqueeze(-1), torch.where(stands, starts, positions)
 
     def forward(
         self,

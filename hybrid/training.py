@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hybrid.backbone import Backbone, load_backbone, native_dtype
-from hybrid.batches import EmbeddedExamples, common_fields, embed_examples, known_options
+from hybrid.batches import EmbeddedExamples, common_fields, common_places, embed_examples, known_options
 from hybrid.config import HybridConfig, ReasonerConfig, RecursionStage, RunConfig, TrainingConfig, to_plain
 from hybrid.data import Example, data_fingerprint, load_examples
 from hybrid.decoder import FieldBatch
@@ -728,7 +728,7 @@ def prepare(
             answer_text(config.text, example)
     backbone = backbone or load_backbone(config.backbone, accelerator.device)
     common = common_fields(examples["train"])
-    is_single = common is not None and [field.name for field in common] == ["answer"]
+    is_single = common is not None and list(common) == ["answer"]
     torch.manual_seed(config.training.seed)
     model = HybridModel.from_backbone(
         backbone,
@@ -737,8 +737,9 @@ def prepare(
         reasoner=config.reasoner,
         text=config.text,
         known_options=known_options(examples["train"]),
-        choices=common[0].options if common is not None and is_single else None,
+        choices=common["answer"] if is_single else None,
         fields=None if is_single else common,
+        places=common_places(examples["train"]),
         license=config.data.license,
     )
     for name, part in model.named_children():

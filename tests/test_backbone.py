@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 from conftest import tiny_llama, word_tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hybrid.backbone import Backbone, default_layers, length_batches
 
@@ -50,13 +55,24 @@ def test_one_text_equals_context_and_question(backbone):
 
 def test_characters_are_found_in_the_tokens_of_the_memory(any_backbone):
     prompt = any_backbone.prompt(*TEXTS[1])
-    place = prompt.text.index("C")
     assert prompt.text == "A is left of B . B is above C . Where is A relative to C ?"
-    alone = any_backbone.tokenizer("C", add_special_tokens=False)["input_ids"]
-    [token, first] = any_backbone.tokens_at(prompt.text, [place, 0])
-    assert prompt.memory_ids[token] == alone[-1] and first == 0
-    with pytest.raises(ValueError, match=f"character {len(prompt.text)} of a text with characters 0 to"):
+    [token, first] = any_backbone.tokens_at(prompt.text, [prompt.text.index("C"), 0])
+    assert prompt.memory_ids[token] == any_backbone.tokenizer("C", add_special_tokens=False)["input_ids"][-1]
+    assert first == 0
+    with pytest.raises(ValueError, match=f"stands at character {len(prompt.text)}, and the text .* has "):
         any_backbone.tokens_at(prompt.text, [0, len(prompt.text)])
+
+
+def test_the_mark_of_a_word_is_not_its_first_letter(backbone):
+    characters = Tokenizer(WordLevel({"<unk>": 0, "▁": 1, "5": 2, "3": 3}, unk_token="<unk>"))
+    characters.pre_tokenizer = Sequence([Metaspace(), Split(Regex("."), "isolated")])
+    other = copy.copy(backbone)
+    other.tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="<unk>")
+    assert other.tokenizer("53 5")["input_ids"] == [1, 2, 3, 1, 2]
+    assert other.tokens_at("53 5", [0, 1, 3]) == [1, 2, 4]
+    other.tokenizer = ByT5Tokenizer()
+    with pytest.raises(ValueError, match="does not tell where its tokens stand: leave out Field.at"):
+        other.tokens_at("53", [0])
 
 
 def test_special_tokens_frame_the_prompt_and_stay_out_of_memory(any_backbone):

@@ -124,6 +124,8 @@ def test_train_and_generate(config_file, tmp_path, capsys):
         main(["generate", head, question, "--max_new_tokens", "8", "--top_p", "0.99", "--seed", seed])
         sampled.append(capsys.readouterr().out)
     assert sampled[0] == sampled[1] != sampled[2]
+    with pytest.warns(UserWarning, match="--seed 3 changes nothing: nothing is drawn"):
+        main(["generate", head, question, "--max_new_tokens", "2", "--seed", "3"])
     main(["ask", head, question, "--explain"])
     assert capsys.readouterr().out.splitlines()[-2].endswith("steps)")  # then what is written
     assert "--max_new_tokens 0" in error_of(capsys, "generate", head, question, "--max_new_tokens", "0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -332,6 +333,26 @@ def test_fields_of_a_file_may_stand_in_the_text(tmp_path):
     path.write_text(json.dumps(row) + "\n")
     [example] = load_examples(DataConfig(path=str(path)), "train")
     assert example.fields == (Field("first", "12", at=0), Field("second", "12", at=2))
+    elsewhere = replace(example, fields=(replace(example.fields[0], at=1), example.fields[1]))
+    assert data_fingerprint([example]) != data_fingerprint([elsewhere])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"at": 3}, "row 1 of split 'train' .*: field 'only' stands at character 3: context and question have 3"),
+        ({"at": -1}, "at=-1: expected the number of a character, from 0"),
+        ({"at": True}, "at=True: expected the number of a character"),
+        ({"question": " 1 ?"}, "give context and question as texts, no space around them"),
+        ({"context": ["A", "B"]}, "give context and question as texts, no space around them"),
+    ],
+)
+def test_places_outside_of_the_text(tmp_path, changes, message):
+    path = tmp_path / "rows.jsonl"
+    field = {"name": "only", "options": ["1", "2"], "at": changes.pop("at", 0)}
+    path.write_text(json.dumps({"question": "1 ?", "fields": [field], "answer": {"only": "1"}} | changes) + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_examples(DataConfig(path=str(path)), "train")
 
 
 def test_knights_and_knaves_are_fields_by_name():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,6 +174,21 @@ def test_fields_of_one_question_are_asked_together(lm, model, asked):
     expected = model.answer(example.question, fields=fields).trace[-1]
     flat = [expected[field.name][option] for field in fields for option in field.options]
     assert [math.exp(score) for score, _ in scores] == pytest.approx(flat)
+
+
+def test_fields_that_stand_in_the_text(language_model):
+    """Documents tell where; among examples nobody finds the place."""
+    model = tiny_model(language_model)
+    model.config.places = {}
+    field = Field("answer", CHOICES, at=5)
+    rows = [replace(example, fields=(field,)) for example in chain_examples(4, depths=(1,))]
+    documents = [row for example in rows for row in documents_of(example)]
+    found = evaluate(HybridLM(model), task_of(documents), limit=1)["samples"]["rows"][0]
+    expected = model.answer(rows[0].question, context=rows[0].context, fields=[field]).trace[-1]["answer"]
+    scores = [float(response[0]) for response in found["filtered_resps"]]
+    assert [math.exp(score) for score in scores] == pytest.approx([expected[option] for option in CHOICES])
+    with pytest.raises(ValueError, match="which nobody finds among examples or in a chat: leave out num_fewshot"):
+        evaluate(HybridLM(model), task_of(documents), num_fewshot=1, limit=1)
 
 
 def test_other_tasks_are_read_whole(lm, asked):

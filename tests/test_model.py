@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CHOICES, tiny_model, tiny_reasoner
+from conftest import CHOICES, tiny_reasoner
 
 from hybrid.backbone import Backbone
-from hybrid.config import AdapterConfig, BackboneConfig, HybridConfig, ReasonerConfig
+from hybrid.config import AdapterConfig, BackboneConfig, HybridConfig, ReasonerConfig, TextConfig
 from hybrid.decoder import Field
 from hybrid.hub import upload_folder
 from hybrid.layers import rotation
@@ -54,7 +54,8 @@ def test_recorded_backbone_is_attached(model, backbone_folder, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = HybridModel.from_pretrained(tmp_path, dtype="float32")
     assert loaded.answer(QUESTION).probability == pytest.approx(model.answer(QUESTION).probability, abs=1e-6)
-    assert HybridModel.from_pretrained(tmp_path, torch_dtype=torch.float32).dtype == torch.float32
+    for dtype in (torch.float32, torch.bfloat16):
+        assert HybridModel.from_pretrained(tmp_path, torch_dtype=dtype).dtype == dtype
 
 
 def test_two_heads_share_one_backbone_with_their_own_layers(model, backbone):
@@ -86,50 +87,65 @@ def test_variants_run_backward_through_every_parameter(backbone, kind, tie_level
     assert silent == []
 
 
+def head_with_places(backbone, places, **changes) -> HybridModel:
+    torch.manual_seed(0)
+    return HybridModel.from_backbone(
+        backbone,
+        backbone_config=BackboneConfig(name_or_path="tiny-llama"),
+        reasoner=tiny_reasoner(**changes),
+        fields={name: CHOICES for name in "abc"},
+        places=places,
+    ).eval()
+
+
 @pytest.mark.parametrize("refine_memory", [True, False])
 def test_field_with_a_place_starts_from_the_token_there(backbone, refine_memory):
-    model = tiny_model(backbone, refine_memory=refine_memory, rotary=True)
+    model = head_with_places(backbone, {}, refine_memory=refine_memory, rotary=True)
     hidden_states, mask = model.embed([(None, QUESTION), (None, "A is left of B ?")])
-    rows = [(Field("one", CHOICES), Field("two", CHOICES, at=QUESTION.index("C"))), (Field("one", CHOICES, at=0),)]
-    fields = model.field_batch(rows, texts=[QUESTION, "A is left of B ?"])
-    assert fields.places.tolist() == [[-1, 10], [0, -1]]
+    rows = [(Field("a", CHOICES), Field("b", CHOICES, at=QUESTION.index("C"))), (Field("a", CHOICES, at=0),)]
+    starts = [model.field_starts(*row) for row in zip(rows, [QUESTION, "A is left of B ?"], strict=True)]
+    assert starts == [[-1, 10], [0]]
+    fields = model.field_batch(rows, num_fields=3, starts=starts)
+    assert fields.starts.tolist() == [[-1, 10, -1], [0, -1, -1]]
+    assert fields.select(torch.tensor([1])).starts.tolist() == [[0, -1, -1]]
     memory, _ = model.adapter(hidden_states, mask)
-    nowhere = replace(fields, places=None)
+    nowhere = replace(fields, starts=None)
     moved = model.encode(hidden_states, mask, fields).slots - model.encode(hidden_states, mask, nowhere).slots
     torch.testing.assert_close(moved[0, 1], memory[0, 10])
     torch.testing.assert_close(moved[1, 0], memory[1, 0])
-    assert moved.abs().sum((2,)).gt(0).sum() == 2
+    assert moved.abs().sum(2).gt(0).sum() == 2
     [projected] = model.encode(hidden_states, mask, fields).memory  # attention knows the token's position
     for turn, expected in zip(projected.turn, rotation(torch.tensor([[10]]), model.reasoner.head_dim), strict=True):
         assert turn[0, ..., 1, :].equal(expected[0, ..., 0, :])
 
 
 def test_places_of_fields_stay_with_the_head(backbone, tmp_path):
-    asked = (Field("a", CHOICES, at=0), Field("b", CHOICES, at=5), Field("c", CHOICES))
-    model = HybridModel.from_backbone(
-        backbone, backbone_config=BackboneConfig(name_or_path="tiny-llama"), reasoner=tiny_reasoner(), fields=asked
-    ).eval()
-    model.save_pretrained(tmp_path)
-    again = HybridModel.from_pretrained(tmp_path, backbone, dtype="float32")
-    assert again.config.places == {"a": 0, "b": 5}
-    trace = model.answer(QUESTION, fields=asked).trace
-    named = {field.name: CHOICES for field in asked}
-    assert again.answer(QUESTION).trace == again.answer(QUESTION, fields=named).trace == trace
-    elsewhere = [Field("a", CHOICES, at=2), *asked[1:]]
-    assert again.answer(QUESTION, fields=elsewhere).trace != trace
-    with pytest.raises(ValueError, match="stands at character 5 of a text with characters 0 to 2"):
-        again.answer("A ?")
+    head_with_places(backbone, {"a": 0, "b": 5}).save_pretrained(tmp_path)
+    model = HybridModel.from_pretrained(tmp_path, backbone, dtype="float32")
+    assert model.config.places == {"a": 0, "b": 5}
+    fields = [Field("a", CHOICES, at=0), Field("b", CHOICES, at=5), Field("c", CHOICES, at=10)]
+    trace = model.answer(QUESTION, fields=fields).trace
+    fields[:2] = Field("a", CHOICES), Field("b", CHOICES)
+    assert model.answer(QUESTION, fields=fields).trace == trace
+    assert model.answer(QUESTION, fields=[replace(fields[0], at=2), *fields[1:]]).trace != trace
+    with pytest.warns(UserWarning, match=r"fields \['c'\] do not say where they stand"):
+        assert model.answer(QUESTION).trace != trace
+    with pytest.raises(ValueError, match="stands at character 10, and the text .* has 3: ask with the context"):
+        model.answer("A ?", fields=fields)
 
 
-def test_resampled_memory_has_no_places(backbone):
-    model = HybridModel.from_backbone(
-        backbone,
-        backbone_config=BackboneConfig(name_or_path="tiny-llama"),
-        adapter=AdapterConfig(kind="resampler", num_vectors=3),
-        reasoner=tiny_reasoner(),
-    )
+def test_heads_without_places_ignore_them(model):
+    with pytest.warns(UserWarning, match=r"fields \['answer'\] say where they stand, which this head ignores"):
+        answer = model.answer(QUESTION, fields=[Field("answer", CHOICES, at=0)])
+    assert answer == model.answer(QUESTION)
+
+
+def test_heads_with_places_need_tokens_and_do_not_write(backbone):
+    arguments = {"backbone_config": BackboneConfig(name_or_path="tiny-llama"), "places": {}}
     with pytest.raises(ValueError, match="'resampler' keeps no tokens for fields to start from"):
-        model.answer(QUESTION, fields=[Field("one", CHOICES, at=0)])
+        HybridModel.from_backbone(backbone, adapter=AdapterConfig(kind="resampler"), **arguments)
+    with pytest.raises(ValueError, match=r"text.enabled with fields that stand at a place \(at\)"):
+        HybridModel.from_backbone(backbone, text=TextConfig(enabled=True), **arguments)
 
 
 def test_wrong_hidden_size_is_refused(model, tmp_path):

@@ -17,15 +17,16 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import chain_examples, chatty_llama, open_gate, tiny_reasoner, tiny_run, word_tokenizer
+from conftest import CHOICES, chain_examples, chatty_llama, open_gate, tiny_reasoner, tiny_run, word_tokenizer
 
 from hybrid.backbone import Backbone
-from hybrid.batches import EmbeddedExamples, common_fields, known_options
+from hybrid.batches import EmbeddedExamples, common_fields, common_places, embed_examples, known_options
 from hybrid.config import RecursionStage, RunConfig, TextConfig, TrainingConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
 from hybrid.evaluation import StepRecord
 from hybrid.generation import keep_loss, own_texts
+from hybrid.inference import refine
 from hybrid.model import HybridModel
 from hybrid.training import CHECKPOINT, Curriculum, RowStream, Trainer, learning_rate, prepare, train
 
@@ -493,7 +494,7 @@ def test_fields_that_all_questions_ask_are_the_default(folder, backbone):
     def example(*fields: Field) -> Example:
         return Example(None, "?", fields, tuple("1" for _ in fields), None, "x")
 
-    assert common_fields([example(Field("a", "12"), Field("b", "12"))] * 2) == (Field("a", "12"), Field("b", "12"))
+    assert common_fields([example(Field("a", "12"), Field("b", "12"))] * 2) == {"a": ["1", "2"], "b": ["1", "2"]}
     assert common_fields([example(Field("a", "12")), example(Field("b", "12"))]) is None
     rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     rows = [row | {"answer": {"first": row["answer"], "second": row["answer"]}} for row in rows]
@@ -501,6 +502,40 @@ def test_fields_that_all_questions_ask_are_the_default(folder, backbone):
     model = HybridModel.from_pretrained(train(tiny_run(folder, num_updates=2), backbone=backbone), backbone)
     assert model.config.choices is None and list(model.config.fields) == ["first", "second"]
     assert list(model.answer(rows[0]["question"]).value) == ["first", "second"]
+
+
+def test_fields_start_where_they_stand_in_training_and_after(folder, backbone):
+    """A single field keeps its place, and what is asked later is what was trained."""
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    field = {"name": "answer", "options": list(CHOICES), "at": 5}  # the word `left` or its like
+    rows = [row | {"fields": [field], "answer": {"answer": row["answer"]}} for row in rows]
+    (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = tiny_run(folder, num_updates=2)
+    model = HybridModel.from_pretrained(train(config, backbone=backbone), backbone, dtype="float32")
+    assert model.config.choices == list(CHOICES) and model.config.places == {"answer": 5}
+    examples = load_examples(config.data, "valid")
+    embedded = embed_examples(config.features, backbone, {"valid": examples}, progress=False)["valid"]
+    *inputs, fields, _ = embedded.batch(model, range(4), num_fields=2)
+    assert fields.starts.tolist() == [[2, -1]] * 4
+    trained, nowhere = (
+        refine(model, *inputs, each).scores[:, 0].softmax(-1)
+        for each in (fields, dataclasses.replace(fields, starts=None))
+    )
+    answers = [model.answer(example.question, context=example.context) for example in examples[:4]]
+    asked = torch.tensor([list(answer.trace[-1]["answer"].values()) for answer in answers])
+    torch.testing.assert_close(asked, trained, atol=0.01, rtol=0)  # the cache holds bfloat16
+    assert (asked - nowhere).abs().max() > 0.02
+
+
+def test_places_that_all_examples_share():
+    def example(*fields: Field) -> Example:
+        return Example(None, "? ? ?", fields, tuple("1" for _ in fields), None, "x")
+
+    assert common_places([example(Field("a", "12"), Field("b", "12"))]) is None
+    rows = [example(Field("a", "12", at=0), Field("b", "12")), example(Field("a", "12", at=0), Field("c", "12", at=2))]
+    assert common_places(rows) == {"a": 0, "c": 2}
+    assert common_places([*rows, example(Field("a", "12", at=4))]) == {"c": 2}
+    assert common_fields([example(Field("a", "12", at=0)), example(Field("a", "12", at=2))]) == {"a": ["1", "2"]}
 
 
 def test_start_from_another_head_is_checked(folder, backbone):
