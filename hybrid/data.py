@@ -367,7 +367,8 @@ def sudoku_row(row: Mapping[str, Any]) -> dict[str, Any]:
 def _knights_knaves(row: Mapping[str, Any]) -> dict[str, Any]:
     context, _, question = row["question"].partition(" (Format")[0].rpartition(" So ")
     options = [str(row["knight_knave_terms"][kind]) for kind in ("knave", "knight")]
-    fields = [{"name": str(name), "options": options} for name in row["names"]]
+    first = {str(name): re.search(rf"\b{name}\b", context) for name in row["names"]}  # where the islanders are listed
+    fields = [{"name": name, "options": options, "at": at.start() if at else None} for name, at in first.items()]
     answer = [bool(is_knight) for is_knight in row["solution"]]
     return {"context": context, "question": f"So {question}", "fields": fields, "answer": answer, "depth": len(fields)}
 

@@ -360,6 +360,11 @@ def test_knights_and_knaves_are_fields_by_name():
     config = DataConfig(reasoning_gym="knights_knaves", max_train_examples=20, task_parameters={"n_people": 3})
     for example in load_examples(config, "train"):
         assert example.depth == len(example.fields) == 3 and example.question.endswith("?")
+        starts = [field.at for field in example.fields]
+        assert starts == sorted(starts) and example.context[: starts[0]].endswith(" 3 inhabitants: ")
+        assert all(
+            example.context[field.at :].startswith((f"{field.name},", f"{field.name}.")) for field in example.fields
+        )
         for field, answer in zip(example.fields, example.answers, strict=True):
             assert field.name in example.context and answer in example.question
         assert "Format" not in example.context + example.question
