@@ -36,8 +36,8 @@ def release(
     Args:
         head: Folder of the head, as training wrote it.
         target: Folder to write.
-        questions: Each with `question`, and optionally `context`, `choices`, or `fields` (name → options). They are
-            published with the head, so they must not come from data that may not be.
+        questions: Each with `question`, and optionally `context`, `choices`, or `fields` (name → options, or a list of
+            `{name, options, at}`). They are published with the head, so they must not come from data that may not be.
         backbone: A loaded backbone to share.
         halting: How the released head halts by default, if not as it was trained.
         max_steps: Its refinement steps at most, likewise.
@@ -80,12 +80,14 @@ def differences(folder: Path, backbone: Backbone | None = None) -> list[str]:
 
 
 def _ask(model: HybridModel, question: Mapping[str, Any]) -> Answer:
-    fields = question.get("fields")
+    fields = question.get("fields") or None
+    if isinstance(fields, list):
+        fields = [Field(**field) for field in fields]
     return model.answer(
         question["question"],
         context=question.get("context"),
         choices=question.get("choices"),
-        fields=[Field(name, options) for name, options in fields.items()] if fields else None,
+        fields=fields,
         explain=model.text_decoder is not None,
     )
 

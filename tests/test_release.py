@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hybrid.decoder import Field
 from hybrid.model import HybridModel
 from hybrid.release import differences, release
 
@@ -35,6 +36,19 @@ def test_release_is_half_the_size_and_reproduces_its_answers(released, backbone)
     expected = json.loads((released / "expected.json").read_text())
     assert set(expected[2]["value"]) == {"A", "B"} and 0 < expected[0]["probability"] <= 1
     assert differences(released, backbone) == []
+
+
+def test_questions_whose_fields_stand_in_the_text(model, backbone, tmp_path):
+    model.config.places = {}
+    model.save_pretrained(tmp_path / "best")
+    fields = [{"name": "answer", "options": ["left", "right"], "at": 5}]
+    question = {"question": "A is left of B . Where is A ?", "fields": fields}
+    release(tmp_path / "best", tmp_path / "released", [question], backbone)
+    [expected] = json.loads((tmp_path / "released" / "expected.json").read_text())
+    asked = [Field("answer", ["left", "right"], at=5)]
+    answer = HybridModel.from_pretrained(tmp_path / "released", backbone).answer(question["question"], fields=asked)
+    assert (expected["fields"], expected["probability"]) == (fields, round(answer.probability, 4))
+    assert differences(tmp_path / "released", backbone) == []
 
 
 def test_a_changed_answer_is_found(released, backbone):

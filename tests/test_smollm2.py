@@ -109,7 +109,10 @@ def test_readme_example_runs_on_the_quickstart_head(tmp_path):
     code = "\n".join(blocks)
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert run.returncode == 0, run.stderr
-    for path in ("mini_sudoku_smollm2/schema.txt", "stepgame_smollm2/schema.txt", "stepgame_text_smollm2/example.txt"):
+    for path in (
+        "mini_sudoku_smollm2/schema.txt", "stepgame_smollm2/schema.txt", "stepgame_text_smollm2/example.txt",
+        "three_islanders_smollm2/example.txt",
+    ):  # fmt: skip
         assert (ROOT / "results" / path).read_text() in run.stdout
     value, _, steps = next(line for line in run.stdout.splitlines() if "." in line and line.count(" ") == 2).split()
     assert value in "above below left right upper-left upper-right lower-left lower-right overlap".split()
