@@ -21,7 +21,7 @@ A {num_parameters:,}-parameter recursive reasoner on top of the frozen `{base_mo
 where it is published.
 
 ```python
-from hybrid import HybridModel
+from hybrid import {imports}
 
 model = HybridModel.from_pretrained("path/to/{name}")
 print(model.answer("..."{arguments}).value)

@@ -290,12 +290,17 @@ class HybridModel(PreTrainedModel):
     def card_facts(self) -> dict[str, Any]:
         """What the model card says of this head."""
         reasoner, backbone = self.config.reasoner, self.config.backbone
+        asks_itself = self.config.choices is not None or self.config.fields is not None
+        asks_places = self.config.places is not None and not asks_itself
+        asked = ', fields=[Field("...", ["yes", "no"], at=0)]' if asks_places else ', choices=["yes", "no"]'
+        asked = "" if asks_itself else asked
         return {
             "base_model": backbone.name_or_path,
             "layers": backbone.layers,
             "template": backbone.template,
             "num_parameters": sum(self.parameter_groups().values()),
-            "arguments": "" if self.config.choices or self.config.fields else ', choices=["yes", "no"]',
+            "imports": "Field, HybridModel" if asks_places else "HybridModel",
+            "arguments": asked,
             "num_cycles": reasoner.num_cycles,
             "num_latent_passes": reasoner.num_latent_passes,
             "max_steps": reasoner.max_steps,

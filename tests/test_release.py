@@ -47,6 +47,11 @@ def test_questions_whose_fields_stand_in_the_text(model, backbone, tmp_path):
     [expected] = json.loads((tmp_path / "released" / "expected.json").read_text())
     asked = [Field("answer", ["left", "right"], at=5)]
     answer = HybridModel.from_pretrained(tmp_path / "released", backbone).answer(question["question"], fields=asked)
+    assert "from hybrid import HybridModel\n" in (tmp_path / "released" / "README.md").read_text()  # it has choices
+    model.config.choices = None
+    model.write_card(tmp_path / "released")
+    card = (tmp_path / "released" / "README.md").read_text()
+    assert "from hybrid import Field, HybridModel\n" in card and 'Field("...", ["yes", "no"], at=0)' in card
     assert (expected["fields"], expected["probability"]) == (fields, round(answer.probability, 4))
     assert differences(tmp_path / "released", backbone) == []
 
