@@ -315,7 +315,9 @@ class Backbone:
             ValueError: The text is shorter, or the tokenizer is slow (it does not tell).
         """
         if not self.tokenizer.is_fast:
-            raise ValueError(f"the tokenizer of {self.name} does not tell where its tokens stand: leave out Field.at")
+            raise ValueError(
+                f"the tokenizer of {self.name} does not tell where its tokens stand: set data.places=false"
+            )
         offsets: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         ends = [end for _, end in offsets]
         if max(characters) >= ends[-1]:

@@ -447,7 +447,8 @@ def _add_asked(parser: Any) -> None:
         type=str | None,
         default=None,
         help='several fields as JSON, name to options: {"Ann": ["knight", "knave"], "Bob": ["knight", "knave"]}; or '
-        "a list of names, whose options are --choices or those of the head",
+        "a list of names, whose options are --choices or those of the head; or a list of objects with name, options "
+        "and, if it stands in the text, at",
     )
     parser.add_argument(
         "--grid",
@@ -477,6 +478,10 @@ def _asked(parsed: Any) -> dict[str, Any]:
     fields = _read_json("--fields", parsed.fields, dict | list)
     if isinstance(fields, list) and all(isinstance(name, str) for name in fields):
         return {"fields": dict.fromkeys(fields, choices)}
+    if isinstance(fields, list) and all(isinstance(field, dict) for field in fields):
+        from hybrid.decoder import read_fields
+
+        return {"fields": read_fields(fields), "choices": choices}
     if isinstance(fields, list) or not all(isinstance(options, list | str) for options in fields.values()):
         raise ValueError(f'--fields {parsed.fields}: expected {{"name": ["option", ...], ...}} or ["name", ...]')
     return {"fields": fields, "choices": choices}
@@ -486,7 +491,7 @@ def _with_fields(asked: dict[str, Any], model: Any) -> dict[str, Any]:
     """What `_asked` found, for a head: its own options where none are given."""
     from hybrid.decoder import Field
 
-    if "fields" not in asked:
+    if isinstance(asked.get("fields", []), list):
         return asked
     own, choices = model.config.fields or {}, model.config.choices or ()
     options = {name: own.get(name, choices) if given is None else given for name, given in asked["fields"].items()}

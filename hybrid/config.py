@@ -177,6 +177,7 @@ class DataConfig:
             (`question: "How is {query} related?"`). Columns not named keep their own names.
         choices: Options for rows that bring none. Where answers are truth values and neither option is `yes` or
             `true`, the first option is false and the second true.
+        places: Keep where fields stand in the text (`Field.at`), if the source says it.
         train_split: Name of the training split, or of several (`easy+hard`).
         valid_split: Split on which choices are made (checkpoints, steps). Where the source has none, that many
             rows can be cut from the training split: `train[-1000:]` takes them from a fixed shuffle that spreads the
@@ -197,6 +198,7 @@ class DataConfig:
     task_parameters: dict[str, Any] = field(default_factory=dict)
     column_mapping: dict[str, str] = field(default_factory=dict)
     choices: list[str] | None = None
+    places: bool = True
     train_split: str = "train"
     valid_split: str = "valid"
     test_split: str = "test"

@@ -15,7 +15,7 @@ import string
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -209,9 +209,12 @@ def _to_examples(config: DataConfig, split: str, rows: Rows, train_rows: Rows) -
     for number, row in enumerate(canonical, start=1):
         name = f"{split}-{number}" if row.get("id") is None else str(row["id"])
         try:
-            examples.append(_to_example(row, choices, name))
+            example = _to_example(row, choices, name)
         except ValueError as error:
             raise ValueError(f"row {number} of split {split!r} (id {name!r}): {error}") from None
+        if not config.places:
+            example = replace(example, fields=tuple(replace(field, at=None) for field in example.fields))
+        examples.append(example)
     return examples
 
 

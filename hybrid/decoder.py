@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,6 +49,20 @@ class Field:
         if len(set(options)) < len(options):
             twice = sorted({option for option in options if options.count(option) > 1})
             raise ValueError(f"field {self.name!r} has options that appear twice: {twice}")
+
+
+def read_fields(given: Sequence[Mapping[str, Any]]) -> list[Field]:
+    """Fields from what JSON says of them: each `{name, options}`, with `at` if it stands in the text.
+
+    Raises:
+        ValueError: One of them is anything else.
+    """
+    for field in given:
+        if not isinstance(field, Mapping) or not {"name", "options"} <= field.keys() <= {"name", "options", "at"}:
+            raise ValueError(
+                f'field {field!r}: expected {{"name": ..., "options": [...]}}, and "at" if it has a place'
+            )
+    return [Field(**field) for field in given]
 
 
 @dataclass

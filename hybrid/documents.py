@@ -19,7 +19,7 @@ import datasets
 from hybrid.baselines import answer_prompt
 from hybrid.config import DataConfig
 from hybrid.data import VALID_NAMES, Example, load_examples, read_path, spread_depths, sudoku_row
-from hybrid.decoder import Field
+from hybrid.decoder import Field, read_fields
 
 TASKS = Path(__file__).parent / "tasks"
 MAX_TRAIN_EXAMPLES = 1000  # few-shot examples are drawn from these; lm-eval lists them all before anything else
@@ -81,7 +81,7 @@ def fields_of(document: Mapping[str, Any]) -> tuple[Field, ...]:
 
 @lru_cache(maxsize=1024)  # the cells of a grid are as many documents with the same fields
 def _fields(text: str) -> tuple[Field, ...]:
-    return tuple(Field(**field) for field in json.loads(text))
+    return tuple(read_fields(json.loads(text)))
 
 
 # -- what the YAML files name: each takes `dataset_kwargs` and, ignored, what lm-eval adds to them ------------------
@@ -126,7 +126,7 @@ def sudoku_example(row: Mapping[str, str], name: str) -> Example:
     )
     num_empty = sum(line.count(0) for line in puzzle)
     canonical = sudoku_row({"puzzle": puzzle, "solution": solution, "num_empty": num_empty})
-    fields = tuple(Field(**field) for field in canonical["fields"])
+    fields = tuple(read_fields(canonical["fields"]))
     answers = tuple(canonical["answer"].values())
     return Example(canonical["context"], canonical["question"], fields, answers, num_empty, name)
 

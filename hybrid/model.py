@@ -85,12 +85,13 @@ class HybridModel(PreTrainedModel):
         reasoner, adapter = config.reasoner, config.adapter
         if config.places is not None and adapter.kind == "resampler":
             raise ValueError(
-                "adapter.kind='resampler' keeps no tokens for fields to start from: use 'linear' or 'mlp'"
+                "adapter.kind='resampler' keeps no tokens for fields to start from: use 'linear' or 'mlp', or set "
+                "data.places=false"
             )
         if config.places is not None and config.text.enabled:
             raise ValueError(
                 "text.enabled with fields that stand at a place (at): in other text the place means nothing, so such "
-                "a head does not write; leave out one of them"
+                "a head does not write; set text.enabled=false or data.places=false"
             )
         self.adapter = Adapter(
             kind=adapter.kind,
@@ -293,7 +294,7 @@ class HybridModel(PreTrainedModel):
         asks_itself = self.config.choices is not None or self.config.fields is not None
         asks_places = self.config.places is not None and not asks_itself
         asked = ', fields=[Field("...", ["yes", "no"], at=0)]' if asks_places else ', choices=["yes", "no"]'
-        asked = "" if asks_itself else asked
+        asked = (', context="..."' if self.config.places else "") if asks_itself else asked
         return {
             "base_model": backbone.name_or_path,
             "layers": backbone.layers,

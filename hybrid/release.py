@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hybrid.backbone import Backbone
-from hybrid.decoder import Field
+from hybrid.decoder import read_fields
 from hybrid.hub import check_head_folder
 from hybrid.inference import Answer
 from hybrid.model import HybridModel
@@ -82,7 +82,7 @@ def differences(folder: Path, backbone: Backbone | None = None) -> list[str]:
 def _ask(model: HybridModel, question: Mapping[str, Any]) -> Answer:
     fields = question.get("fields") or None
     if isinstance(fields, list):
-        fields = [Field(**field) for field in fields]
+        fields = read_fields(fields)
     return model.answer(
         question["question"],
         context=question.get("context"),

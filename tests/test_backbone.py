@@ -71,7 +71,7 @@ def test_the_mark_of_a_word_is_not_its_first_letter(backbone):
     assert other.tokenizer("53 5")["input_ids"] == [1, 2, 3, 1, 2]
     assert other.tokens_at("53 5", [0, 1, 3]) == [1, 2, 4]
     other.tokenizer = ByT5Tokenizer()
-    with pytest.raises(ValueError, match="does not tell where its tokens stand: leave out Field.at"):
+    with pytest.raises(ValueError, match="does not tell where its tokens stand: set data.places=false"):
         other.tokens_at("53", [0])
 
 

@@ -13,6 +13,7 @@ from test_training import write_data
 from hybrid.backbone import Backbone
 from hybrid.cli import main, run_config
 from hybrid.config import to_plain
+from hybrid.decoder import Field
 from hybrid.model import HybridModel
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -105,6 +106,21 @@ def test_ask_draws_the_trace(head, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "step  1  r1c1: " in output and f"written: {tmp_path / 'new' / 'trace.png'}" in output
     assert (tmp_path / "new" / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ask_fields_that_stand_in_the_text(head, capsys, monkeypatch):
+    asked = {}
+    answer = HybridModel.answer
+    monkeypatch.setattr(
+        HybridModel, "answer", lambda self, q, **kwargs: asked.update(kwargs) or answer(self, q, **kwargs)
+    )
+    fields = '[{"name": "A", "options": ["left", "right"], "at": 9}, {"name": "B", "options": "12"}]'
+    with pytest.warns(UserWarning, match=r"fields \['A'\] say where they stand, which this head ignores"):
+        main(["ask", head, "Where is A ?", "--fields", fields])
+    assert asked["fields"] == [Field("A", ["left", "right"], at=9), Field("B", "12")]
+    assert "expected {" in error_of(
+        capsys, "ask", head, "Where is A ?", "--fields", '[{"name": "A", "choices": "12"}]'
+    )
 
 
 def test_train_and_generate(config_file, tmp_path, capsys):

@@ -333,6 +333,8 @@ def test_fields_of_a_file_may_stand_in_the_text(tmp_path):
     path.write_text(json.dumps(row) + "\n")
     [example] = load_examples(DataConfig(path=str(path)), "train")
     assert example.fields == (Field("first", "12", at=0), Field("second", "12", at=2))
+    [nowhere] = load_examples(DataConfig(path=str(path), places=False), "train")
+    assert nowhere.fields == (Field("first", "12"), Field("second", "12"))
     elsewhere = replace(example, fields=(replace(example.fields[0], at=1), example.fields[1]))
     assert data_fingerprint([example]) != data_fingerprint([elsewhere])
 

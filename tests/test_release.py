@@ -54,6 +54,9 @@ def test_questions_whose_fields_stand_in_the_text(model, backbone, tmp_path):
     assert "from hybrid import Field, HybridModel\n" in card and 'Field("...", ["yes", "no"], at=0)' in card
     assert (expected["fields"], expected["probability"]) == (fields, round(answer.probability, 4))
     assert differences(tmp_path / "released", backbone) == []
+    question["fields"][0]["posn"] = 5
+    with pytest.raises(ValueError, match='\'posn\': 5.*: expected {"name": ..., "options": \\[...\\]}, and "at"'):
+        release(tmp_path / "best", tmp_path / "again", [question], backbone)
 
 
 def test_a_changed_answer_is_found(released, backbone):
