@@ -51,12 +51,11 @@ def one_text(context: str | None, question: str) -> str:
 
 @dataclass
 class Prompt:
-    """A question (`text`) as the backbone reads it; the states of `memory_start:memory_stop` become memory."""
+    """A question as the backbone reads it; the states of `memory_start:memory_stop` become memory."""
 
     token_ids: list[int]
     memory_start: int
     memory_stop: int
-    text: str
 
     @property
     def memory_ids(self) -> list[int]:
@@ -294,7 +293,7 @@ class Backbone:
         start = len(self.special_prefix) + len(repeated)
         token_ids = [*self.special_prefix, *repeated, *ids, *self._suffix]
         self._check_length(token_ids, text)
-        return Prompt(token_ids, start, start + len(ids), text)
+        return Prompt(token_ids, start, start + len(ids))
 
     def _check_length(self, token_ids: Sequence[int], text: str) -> None:
         if self.max_tokens is not None and len(token_ids) > self.max_tokens:

@@ -292,11 +292,10 @@ class HybridLM(Processes, LM):
 
     def _log_probabilities(self, questions: Sequence[Question]) -> list[list[dict[str, float]]]:
         """For each question and field, the log-probability of each option, in nats."""
-        hidden_states, mask = self.model.embed([(question.context, question.question) for question in questions])
-        starts = None
-        if self.model.config.places is not None:
-            starts = [self.model.field_starts(q.fields, one_text(q.context, q.question)) for q in questions]
-        fields = self.model.field_batch([question.fields for question in questions], starts=starts)
+        texts = [(question.context, question.question) for question in questions]
+        hidden_states, mask = self.model.embed(texts)
+        asked = [question.fields for question in questions]
+        fields = self.model.field_batch(asked, starts=self.model.starts_of(asked, texts))
         scores = refine_rollouts(self.model, hidden_states, mask, fields, **self.refinement).scores
         return [
             [

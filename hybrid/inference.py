@@ -308,8 +308,7 @@ def answer_batch(
         check_text_decoder(model)
     contexts = contexts if contexts is not None else [None] * len(questions)
     texts = list(zip(contexts, questions, strict=True))
-    readings = model.backbone.prompts(texts) if texts else []
-    lengths = [len(reading.token_ids) for reading in readings]
+    lengths = [len(prompt.token_ids) for prompt in model.backbone.prompts(texts)] if texts else []
     answers: dict[int, Answer] = {}
     for rows in length_batches(lengths, TOKEN_BUDGET):
         prompts = text_prompts(model, [texts[row] for row in rows]) if explain else []
@@ -317,8 +316,8 @@ def answer_batch(
             read, hidden_states, mask = read_texts(model, prompts)
         else:
             read, (hidden_states, mask) = None, model.embed([texts[row] for row in rows])
-        starts = model.starts_of(asked, [readings[row] for row in rows])
-        batch = model.field_batch([asked] * len(rows), starts=starts)
+        batch_fields = [asked] * len(rows)
+        batch = model.field_batch(batch_fields, starts=model.starts_of(batch_fields, [texts[row] for row in rows]))
         refined = refine_rollouts(
             model,
             hidden_states,

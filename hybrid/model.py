@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from hybrid import __version__
 from hybrid.adapter import Adapter
-from hybrid.backbone import Backbone, Prompt, load_backbone, native_dtype, quiet_transformers
+from hybrid.backbone import Backbone, load_backbone, native_dtype, one_text, quiet_transformers
 from hybrid.config import AdapterConfig, HybridConfig, ReasonerConfig, TextConfig
 from hybrid.decoder import Field, FieldBatch, FieldDecoder, TextDecoder
 from hybrid.hub import check_head_folder, write_card
@@ -293,8 +293,10 @@ class HybridModel(PreTrainedModel):
         reasoner, backbone = self.config.reasoner, self.config.backbone
         asks_itself = self.config.choices is not None or self.config.fields is not None
         asks_places = self.config.places is not None and not asks_itself
-        asked = ', fields=[Field("...", ["yes", "no"], at=0)]' if asks_places else ', choices=["yes", "no"]'
-        asked = (', context="..."' if self.config.places else "") if asks_itself else asked
+        if asks_itself:
+            asked = ', context="..."' if self.config.places else ""
+        else:
+            asked = ', fields=[Field("...", ["yes", "no"], at=0)]' if asks_places else ', choices=["yes", "no"]'
         return {
             "base_model": backbone.name_or_path,
             "layers": backbone.layers,
@@ -422,11 +424,13 @@ class HybridModel(PreTrainedModel):
         tokens = iter(self.backbone.tokens_at(text, standing) if standing else ())
         return [-1 if character is None else next(tokens) for character in at]
 
-    def starts_of(self, fields: Sequence[Field], prompts: Sequence[Prompt]) -> list[list[int]] | None:
-        """`field_starts` for questions that share their fields; `None` for a head that knows no places."""
+    def starts_of(
+        self, rows: Sequence[Sequence[Field]], texts: Sequence[tuple[str | None, str]]
+    ) -> list[list[int]] | None:
+        """`field_starts` of each row, for (context, question) pairs; `None` for a head that knows no places."""
         if self.config.places is None:
             return None
-        return [self.field_starts(fields, prompt.text) for prompt in prompts]
+        return [self.field_starts(fields, one_text(*text)) for fields, text in zip(rows, texts, strict=True)]
 
     # -- forward ---------------------------------------------------------------------------------------------------
 

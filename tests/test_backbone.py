@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from hybrid.backbone import Backbone, default_layers, length_batches
+from hybrid.backbone import Backbone, default_layers, length_batches, one_text
 
 TEXTS = [("A is left of B .", "Where is A ?"), ("A is left of B . B is above C .", "Where is A relative to C ?")]
 
@@ -54,13 +54,13 @@ def test_one_text_equals_context_and_question(backbone):
 
 
 def test_characters_are_found_in_the_tokens_of_the_memory(any_backbone):
-    prompt = any_backbone.prompt(*TEXTS[1])
-    assert prompt.text == "A is left of B . B is above C . Where is A relative to C ?"
-    [token, first] = any_backbone.tokens_at(prompt.text, [prompt.text.index("C"), 0])
+    prompt, text = any_backbone.prompt(*TEXTS[1]), one_text(*TEXTS[1])
+    assert text == "A is left of B . B is above C . Where is A relative to C ?"
+    [token, first] = any_backbone.tokens_at(text, [text.index("C"), 0])
     assert prompt.memory_ids[token] == any_backbone.tokenizer("C", add_special_tokens=False)["input_ids"][-1]
     assert first == 0
-    with pytest.raises(ValueError, match=f"stands at character {len(prompt.text)}, and the text .* has "):
-        any_backbone.tokens_at(prompt.text, [0, len(prompt.text)])
+    with pytest.raises(ValueError, match=f"stands at character {len(text)}, and the text .* has "):
+        any_backbone.tokens_at(text, [0, len(text)])
 
 
 def test_the_mark_of_a_word_is_not_its_first_letter(backbone):

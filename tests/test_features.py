@@ -42,7 +42,7 @@ class FakeBackbone:
 
     def _prompt(self, text: str) -> Prompt:
         ids = [1, *(zlib.crc32(word.encode()) % 50_000 for word in text.split())]
-        return Prompt(ids, memory_start=1, memory_stop=len(ids), text=text)
+        return Prompt(ids, memory_start=1, memory_stop=len(ids))
 
     def hidden_states(self, prompts):
         self.num_passes += 1
