@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from hybrid.backbone import Backbone, length_batches, one_text
-from hybrid.batches import EmbeddedExamples, label_numbers
+from hybrid.batches import EmbeddedExamples
 from hybrid.config import RunConfig
 from hybrid.data import Example
 from hybrid.decoder import Field
@@ -40,11 +40,11 @@ def zero_shot(backbone: Backbone, examples: Sequence[Example], progress: bool = 
     for example in tqdm(examples, unit="question", desc="zero-shot", disable=not progress, leave=False):
         start = time.perf_counter()
         summed, per_byte = [], []
-        for field, label in zip(example.fields, label_numbers(example), strict=True):
+        for field, answer in example.answered:
             scores = option_log_likelihoods(backbone, answer_prompt(example, field), field.options)
             num_bytes = torch.tensor([len(option.encode()) for option in field.options])
-            summed.append(int(scores.argmax()) == label)
-            per_byte.append(int((scores / num_bytes).argmax()) == label)
+            summed.append(field.options[int(scores.argmax())] == answer)
+            per_byte.append(field.options[int((scores / num_bytes).argmax())] == answer)
         times.append(1000 * (time.perf_counter() - start))
         right.append(all(summed))
         normalized.append(all(per_byte))
@@ -277,7 +277,7 @@ def _fit(features: Tensor, labels: Tensor, num_classes: int, weight_decay: float
 
 
 def _pooled(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Pooled states of each (row, field) pair, and the position in `rows` that it belongs to."""
+    """Pooled states of each (row, field with an answer) pair, and the position in `rows` that it belongs to."""
     pooled: dict[int, Tensor] = {}
     for batch in length_batches([examples.lengths[row] for row in rows], 8192):
         hidden_states, mask, _, _ = examples.batch(model, [rows[position] for position in batch])
@@ -285,10 +285,10 @@ def _pooled(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int])
         mean = (states * exists.unsqueeze(-1)).sum(1) / exists.sum(1, keepdim=True)
         last = states[torch.arange(len(batch)), exists.sum(1) - 1]
         pooled.update(zip(batch, torch.cat([mean, last], dim=1), strict=True))
-    owners = [position for position, row in enumerate(rows) for _ in examples.examples[row].fields]
+    owners = [position for position, row in enumerate(rows) for _ in examples.examples[row].answered]
     features = torch.stack([pooled[position] for position in owners])
     if examples.num_fields > 1:
-        names = [field.name for row in rows for field in examples.examples[row].fields]
+        names = [field.name for row in rows for field, _ in examples.examples[row].answered]
         unique = sorted(set(names))
         vectors = model.backbone.text_vectors(unique).cpu()
         features = torch.cat([features, vectors[[unique.index(name) for name in names]]], dim=1)
@@ -297,11 +297,11 @@ def _pooled(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int])
 
 def _labels(examples: EmbeddedExamples, rows: Sequence[int], options: Sequence[str]) -> Tensor:
     number = {option: index for index, option in enumerate(options)}
-    return torch.tensor([number.get(answer, -1) for row in rows for answer in examples.examples[row].answers])
+    return torch.tensor([number.get(answer, -1) for row in rows for _, answer in examples.examples[row].answered])
 
 
 def _offered(examples: EmbeddedExamples, rows: Sequence[int], options: Sequence[str]) -> Tensor:
-    fields = [field for row in rows for field in examples.examples[row].fields]
+    fields = [field for row in rows for field, _ in examples.examples[row].answered]
     return torch.tensor([[option in field.options for option in options] for field in fields])
 
 

@@ -80,8 +80,9 @@ class EmbeddedExamples:
 
 
 def label_numbers(example: Example) -> list[int]:
-    """Number of the right option in each field."""
-    return [field.options.index(answer) for field, answer in zip(example.fields, example.answers, strict=True)]
+    """Number of the right option in each field, `IGNORED` for a field without an answer."""
+    pairs = zip(example.fields, example.answers, strict=True)
+    return [IGNORED if answer is None else field.options.index(answer) for field, answer in pairs]
 
 
 def known_options(examples: Sequence[Example], at_most: int = 1000) -> list[str]:

@@ -172,12 +172,13 @@ class DataConfig:
         hub_config: Its configuration name.
         revision: Its revision.
         reasoning_gym: The name of a `reasoning_gym` task.
-        task_parameters: Its parameters.
+        task_parameters: Its parameters, or a list of several sets of them, each of which gives as many rows.
         column_mapping: Canonical column to source column, or to a format string over columns
             (`question: "How is {query} related?"`). Columns not named keep their own names.
         choices: Options for rows that bring none. Where answers are truth values and neither option is `yes` or
             `true`, the first option is false and the second true.
         places: Keep where fields stand in the text (`Field.at`), if the source says it.
+        find_names: A field whose place the source does not say stands where the text first has its name, as a word.
         train_split: Name of the training split, or of several (`easy+hard`).
         valid_split: Split on which choices are made (checkpoints, steps). Where the source has none, that many
             rows can be cut from the training split: `train[-1000:]` takes them from a fixed shuffle that spreads the
@@ -195,10 +196,11 @@ class DataConfig:
     hub_config: str | None = None
     revision: str | None = None
     reasoning_gym: str | None = None
-    task_parameters: dict[str, Any] = field(default_factory=dict)
+    task_parameters: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
     column_mapping: dict[str, str] = field(default_factory=dict)
     choices: list[str] | None = None
     places: bool = True
+    find_names: bool = False
     train_split: str = "train"
     valid_split: str = "valid"
     test_split: str = "test"
@@ -212,6 +214,7 @@ class DataConfig:
         for name in ("max_train_examples", "max_eval_examples"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"data.{name}", value, "a number > 0, or null for all")
+        _check(self.places or not self.find_names, "data.find_names", True, "false where data.places is false")
 
 
 @dataclass(kw_only=True)

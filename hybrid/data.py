@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import random
 import re
 import string
@@ -42,17 +43,23 @@ Bounds = tuple[str | None, str | None]  # start and stop of a slice, as written
 class Example:
     """One question.
 
-    `answers` holds one option text per field; `depth` is hops, proof depth or size, if known; `answer_text` is the
-    answer in words, if the source has one.
+    `answers` holds one option text per field, `None` for one that is asked without being trained or counted; `depth`
+    is hops, proof depth or size, if known; `answer_text` is the answer in words, if the source has one.
     """
 
     context: str | None
     question: str
     fields: tuple[Field, ...]
-    answers: tuple[str, ...]
+    answers: tuple[str | None, ...]
     depth: int | None
     id: str
     answer_text: str | None = None
+
+    @property
+    def answered(self) -> list[tuple[Field, str]]:
+        """The fields that have an answer, with it."""
+        pairs = zip(self.fields, self.answers, strict=True)
+        return [(field, answer) for field, answer in pairs if answer is not None]
 
 
 def load_examples(config: DataConfig, split: str) -> list[Example]:
@@ -214,6 +221,8 @@ def _to_examples(config: DataConfig, split: str, rows: Rows, train_rows: Rows) -
             raise ValueError(f"row {number} of split {split!r} (id {name!r}): {error}") from None
         if not config.places:
             example = replace(example, fields=tuple(replace(field, at=None) for field in example.fields))
+        if config.find_names:
+            example = replace(example, fields=_where_named(example.fields, one_text(example.context, example.question)))
         examples.append(example)
     return examples
 
@@ -280,8 +289,8 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     named = named or {f["name"]: f.get("options", options) for f in listed}
     if isinstance(answer, list) and len(answer) == len(named):
         answer = dict(zip(named, answer, strict=True))
-    if not isinstance(answer, Mapping) or not named or set(answer) != set(named):
-        raise ValueError(f"answer {answer!r}: expected one option for each of the fields {list(named)}")
+    if not isinstance(answer, Mapping) or not answer or not set(answer) <= set(named):
+        raise ValueError(f"answer {answer!r}: expected an option for each of the fields {list(named)}, or for some")
     if wrong := {key: values for key, values in named.items() if not isinstance(values, list | tuple)}:
         raise ValueError(f"choices of the fields {wrong}: expected lists of texts, or set data.choices")
     fields = tuple(
@@ -289,7 +298,7 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     )
     if any(field.at is not None for field in fields):
         _check_places(fields, texts, (context, question))
-    answers = tuple(_pick(field, answer[field.name]) for field in fields)
+    answers = tuple(_pick(field, answer[field.name]) if field.name in answer else None for field in fields)
     words = row.get("answer_text")
     return Example(
         context or None, question, fields, answers, _to_depth(row.get("depth")), name, str(words) if words else None
@@ -305,6 +314,12 @@ def _check_places(fields: Sequence[Field], given: tuple[Any, Any], texts: tuple[
             raise ValueError(
                 f"field {field.name!r} stands at character {field.at}: context and question have {length}"
             )
+
+
+def _where_named(fields: Sequence[Field], text: str) -> tuple[Field, ...]:
+    """The fields, those without a place where the text first has their name."""
+    found = {field: re.search(rf"(?<!\w){re.escape(field.name)}(?!\w)", text) for field in fields if field.at is None}
+    return tuple(replace(field, at=name.start()) if (name := found.get(field)) else field for field in fields)
 
 
 def _pick(field: Field, value: Any) -> str:
@@ -344,10 +359,13 @@ def _generate(config: DataConfig, role: str) -> list[dict[str, Any]]:
         close = difflib.get_close_matches(str(task), DATASETS) or sorted(DATASETS)
         raise ValueError(f"data.reasoning_gym={task!r} is no task; close ones: {', '.join(close)}")
     seed = (config.seed * len(ROLES) + ROLES.index(role)) * SEED_STRIDE
-    try:
-        rows = list(create_dataset(task, **{"size": size, "seed": seed} | config.task_parameters))
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"data.task_parameters={config.task_parameters}: {task} refuses them: {error}") from error
+    several = config.task_parameters if isinstance(config.task_parameters, list) else [config.task_parameters]
+    rows: list[dict[str, Any]] = []
+    for parameters in several:
+        try:
+            rows += create_dataset(task, **{"size": math.ceil(size / len(several)), "seed": seed} | parameters)
+        except (TypeError, AssertionError) as error:
+            raise ValueError(f"data.task_parameters={parameters}: {task} refuses them: {error}") from error
     to_row = PROCEDURAL.get(str(task), dict)
     return [to_row({**row["metadata"], **row}) for row in rows]  # metadata are columns, which can be mapped
 

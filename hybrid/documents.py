@@ -53,7 +53,7 @@ class Documents(dict[str, datasets.Dataset]):
 
 
 def documents_of(example: Example) -> list[dict[str, Any]]:
-    """A document for each field: what is asked, the options, the answer, and the prompt of a language model."""
+    """A document for each field with an answer: what is asked, the options, the answer, a language model's prompt."""
     fields = json.dumps([asdict(field) for field in example.fields])
     shared = {"id": example.id, "depth": example.depth, "context": example.context, "question": example.question}
     return [
@@ -65,7 +65,7 @@ def documents_of(example: Example) -> list[dict[str, Any]]:
             "answer": answer,
             "prompt": answer_prompt(example, field),
         }
-        for field, answer in zip(example.fields, example.answers, strict=True)
+        for field, answer in example.answered
     ]
 
 

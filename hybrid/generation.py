@@ -404,10 +404,10 @@ def answer_text(settings: TextConfig, example: Example) -> str:
     """
     if example.answer_text is not None:
         return example.answer_text
-    answers = {field.name: answer for field, answer in zip(example.fields, example.answers, strict=True)}
+    answers = {field.name: answer for field, answer in example.answered}
     if settings.answer is None:
         listed = ", ".join(f"{name}: {answer}" for name, answer in answers.items())
-        return listed if len(answers) > 1 else example.answers[0]
+        return listed if len(answers) > 1 else next(iter(answers.values()))
     try:
         return settings.answer.format_map(answers)
     except (KeyError, IndexError, AttributeError, ValueError) as error:

@@ -131,7 +131,7 @@ def _rows(backbone: Backbone, examples: Sequence[Example], text: TextConfig) -> 
         prompts = [prompt.token_ids for prompt in prompted]
         answers = answer_token_ids(backbone.tokenizer, text, examples)
     else:
-        asked = [(e, field, answer) for e in examples for field, answer in zip(e.fields, e.answers, strict=True)]
+        asked = [(example, field, answer) for example in examples for field, answer in example.answered]
         prompts = backbone.tokenizer([answer_prompt(example, field) for example, field, _ in asked])["input_ids"]
         end = backbone.tokenizer.eos_token or ""
         words = [f" {answer}{end}" for *_, answer in asked]

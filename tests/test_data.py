@@ -270,7 +270,8 @@ def test_options_default_to_the_answers_of_training(tmp_path):
         ([ROW, {**ROW, "answer": None}], {}, "row 2 .*answer None is not among"),
         ([{**ROW, "choices": ["a", "b", "a"]}], {}, "row 1 .*twice.*'a'"),
         ([{**ROW, "choices": "a, b"}], {}, r"row 1 .*'a, b'.*expected lists.*data\.choices"),
-        ([{**ROW, "answer": {"x": "a"}, "fields": ["x", "y"]}], {}, "row 1 .*one option for each.*'x', 'y'"),
+        ([{**ROW, "answer": {"z": "a"}, "fields": ["x", "y"]}], {}, "row 1 .*an option for each.*'x', 'y'"),
+        ([{**ROW, "answer": {"x": None}, "fields": ["x"]}], {}, r"row 1 .*an option for each.*\['x'\], or for some"),
         ([{**ROW, "depth": "deep"}], {}, "row 1 .*depth 'deep'.*whole number"),
         ([{"question": "?"}], {}, r"'answer'.*\['question'\].*column_mapping"),
         ([ROW], {"column_mapping": {"contxt": "a"}}, "contxt.*canonical columns"),
@@ -339,6 +340,23 @@ def test_fields_of_a_file_may_stand_in_the_text(tmp_path):
     assert data_fingerprint([example]) != data_fingerprint([elsewhere])
 
 
+def test_fields_may_be_asked_without_an_answer(tmp_path):
+    rows = [{**ROW, "fields": ["x", "y"], "answer": {"y": "a"}}, {**ROW, "fields": ["x"], "answer": {"x": "b"}}]
+    one, other = load(rows, tmp_path)
+    assert [field.name for field in one.fields] == ["x", "y"] and one.answers == (None, "a")
+    assert one.answered == [(one.fields[1], "a")] and other.answered == [(other.fields[0], "b")]
+
+
+def test_fields_can_stand_where_their_names_are(tmp_path):
+    row = {"context": "Annabel met Ann.", "question": "Did Bo?", "fields": ["Ann", "Bo", "Cy"], "choices": ["1", "2"]}
+    [example] = load([row | {"answer": dict.fromkeys(row["fields"], "1")}], tmp_path, find_names=True)
+    assert [field.at for field in example.fields] == [12, 21, None]
+    [example] = load([row | {"answer": dict.fromkeys(row["fields"], "1")}], tmp_path)
+    assert {field.at for field in example.fields} == {None}
+    with pytest.raises(ValueError, match=r"data\.find_names=True: expected false where data\.places is false"):
+        DataConfig(path="x", find_names=True, places=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -370,6 +388,15 @@ def test_knights_and_knaves_are_fields_by_name():
         for field, answer in zip(example.fields, example.answers, strict=True):
             assert field.name in example.context and answer in example.question
         assert "Format" not in example.context + example.question
+
+
+def test_procedural_rows_of_several_sizes():
+    pytest.importorskip("reasoning_gym")
+    sizes = [{"n_people": 2}, {"n_people": 4}]
+    config = DataConfig(reasoning_gym="knights_knaves", max_train_examples=10, task_parameters=sizes)
+    assert [example.depth for example in load_examples(config, "train")] == [2] * 5 + [4] * 5
+    with pytest.raises(ValueError, match=r"task_parameters=\{'people': 2\}"):
+        load_examples(replace(config, task_parameters=[{"n_people": 2}, {"people": 2}]), "train")
 
 
 def test_procedural_splits_and_seeds_share_nothing():

@@ -1,0 +1,202 @@
+"""StepGame, CLUTRR and PrOntoQA with what lies on the way to an answer as fields, which stand in the text.
+
+    python results/chains.py ../shared/data/stepgame_clean.jsonl --output runs/stepgame_chains.jsonl
+    python results/chains.py ../shared/data/clutrr_089907f8.jsonl --output runs/clutrr_chains.jsonl
+    python results/chains.py ../shared/data/prontoqa.jsonl --output runs/prontoqa_chains.jsonl
+
+Stories: how is each person related to the one asked about last? The answers of the people between follow from the
+training rows alone: what one sentence says, in StepGame, is what it says in a story of one hop; how two relations
+compose, in CLUTRR, is how they do in a story of two. PrOntoQA: which concepts does the subject belong to?
+Only training rows carry these answers. In the others the fields are asked, too, and the answer to the question alone
+counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prontoqa_shortcut import SENTENCE, facts, singular
+
+from hybrid.backbone import one_text
+
+AGENT = re.compile(r"\b[A-Z]\b")
+NAME = re.compile(r"\b[A-Z][a-z]+\b")
+PAIR = re.compile(r"What is (\w+)'s family relation to (\w+)")
+LINK = re.compile(r"[a-z]+(?:-in-law)?")
+SENTENCE_END = re.compile(r"\.\s+")
+DIRECTIONS = {
+    "above": (0, 1), "below": (0, -1), "left": (-1, 0), "right": (1, 0), "overlap": (0, 0),
+    "upper-left": (-1, 1), "upper-right": (1, 1), "lower-left": (-1, -1), "lower-right": (1, -1),
+}  # fmt: skip
+BY_DIRECTION = {direction: name for name, direction in DIRECTIONS.items()}
+
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the rows with their fields."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parsed = parser.parse_args(arguments)
+    rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
+    chains, wrong = stepgame(rows) if "f_comb" not in rows[0] and "steps" not in rows[0] else (
+        clutrr(rows) if "f_comb" in rows[0] else (prontoqa(rows), 0)
+    )
+    parsed.output.parent.mkdir(parents=True, exist_ok=True)
+    parsed.output.write_text("".join(json.dumps(row) + "\n" for row in chains))
+    print(f"{len(chains)} rows; left out of training: {wrong}")
+
+
+# -- StepGame ------------------------------------------------------------------------------------------------------
+
+
+def stepgame(rows: Sequence[Row]) -> tuple[list[Row], int]:
+    """Rows with a field for each agent but the one that the answer is relative to."""
+    says, chains, wrong = patterns(rows), [], 0
+    for row in rows:
+        asked, origin = AGENT.findall(row["question"])
+        agents = list(dict.fromkeys(AGENT.findall(row["context"])))
+        others = [asked, *(agent for agent in agents if agent not in (asked, origin))]
+        answers = {asked: row["answer"]}
+        if row["split"] == "train":
+            places = positions(row["context"], origin, says)
+            found = {agent: BY_DIRECTION[sign(x), sign(y)] for agent, (x, y) in places.items()}
+            if found.get(asked) != row["answer"] or set(others) - set(found):
+                wrong += 1
+                continue
+            answers = {agent: found[agent] for agent in others}
+        chains.append(row | {"fields": others, "answer": answers})
+    return chains, wrong
+
+
+def patterns(rows: Sequence[Row]) -> dict[str, str]:
+    """Which relation the first agent named in a sentence has to the second, by the words of the sentence."""
+    votes: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        if row["split"] == "train" and row["depth"] == 1:
+            asked, _ = AGENT.findall(row["question"])
+            sentence = SENTENCE_END.split(row["context"])[-1]  # one may go before: "The objects X and K are there."
+            x, y = DIRECTIONS[row["answer"]]
+            is_first = AGENT.findall(sentence)[0] == asked
+            votes[pattern(sentence)][BY_DIRECTION[(x, y) if is_first else (-x, -y)]] += 1
+    return {words: counts.most_common(1)[0][0] for words, counts in votes.items()}
+
+
+def pattern(sentence: str) -> str:
+    """A sentence without the names: `0 is above 1 and to the right of 1`."""
+    numbers: dict[str, str] = {}
+    return AGENT.sub(lambda match: numbers.setdefault(match[0], str(len(numbers))), sentence.strip().rstrip("."))
+
+
+def positions(context: str, origin: str, says: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Where each agent that the sentences connect with the origin stands."""
+    edges: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    for sentence in SENTENCE_END.split(context):
+        relation, agents = says.get(pattern(sentence)), list(dict.fromkeys(AGENT.findall(sentence)))
+        if relation is None or len(agents) != 2:
+            continue
+        first, second = agents
+        x, y = DIRECTIONS[relation]
+        edges[second].append((first, x, y))
+        edges[first].append((second, -x, -y))
+    found, queue = {origin: (0, 0)}, [origin]
+    for agent in queue:
+        for other, x, y in edges[agent]:
+            if other not in found:
+                found[other] = found[agent][0] + x, found[agent][1] + y
+                queue.append(other)
+    return found
+
+
+def sign(number: int) -> int:
+    """−1, 0 or 1."""
+    return (number > 0) - (number < 0)
+
+
+# -- CLUTRR --------------------------------------------------------------------------------------------------------
+
+
+def clutrr(rows: Sequence[Row]) -> tuple[list[Row], int]:
+    """Rows with a field for each person but the one that the answer is relative to."""
+    named = {name for row in rows for name in PAIR.findall(row["question"])[0]}
+    composed: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        if row["split"] == "train" and row["depth"] == 2:
+            composed[links(row)][row["answer"]] += 1
+    chains, wrong = [], 0
+    for row in rows:
+        ((asked, origin),) = PAIR.findall(row["question"])
+        people = [name for name in dict.fromkeys(NAME.findall(row["context"])) if name in named]
+        between = [name for name in people if name not in (asked, origin)]
+        answers = {asked: row["answer"]}
+        if row["split"] == "train":
+            order = from_origin(row["context"], origin, asked, between)
+            known = [{link: 1} for link in links(row)[:1]] + [composed[links(row)[:2]]][: row["depth"] - 2]
+            if len(between) != row["depth"] - 1 or order is None or not all(known):
+                wrong += 1
+                continue
+            answers |= {name: max(votes, key=votes.__getitem__) for name, votes in zip(order, known, strict=True)}
+        choices = sorted({*row["choices"], "husband", "wife"})  # which are never the answer, but on the way
+        chains.append(row | {"fields": [asked, *between], "answer": answers, "choices": choices})
+    return chains, wrong
+
+
+def links(row: Row) -> tuple[str, ...]:
+    """The relations along the chain, from the person that the answer is relative to."""
+    return tuple(LINK.findall(row["f_comb"]))
+
+
+def from_origin(context: str, origin: str, asked: str, between: Sequence[str]) -> list[str] | None:
+    """The people between in their order along the chain, by who shares a sentence with whom; nothing if it is open."""
+    if len(between) < 2:
+        return list(between)
+    sentences = [set(NAME.findall(sentence)) for sentence in re.split(r"[.!?]", context)]
+    near = {
+        name: sum((origin in sentence) - (asked in sentence) for sentence in sentences if name in sentence)
+        for name in between
+    }
+    return None if len(set(near.values())) < len(near) else sorted(near, key=near.__getitem__, reverse=True)
+
+
+# -- PrOntoQA ------------------------------------------------------------------------------------------------------
+
+
+def prontoqa(rows: Sequence[Row]) -> list[Row]:
+    """Rows with a field for each concept that is said to be something, and the answer at the word asked for."""
+    chains = []
+    for row in rows:
+        if row["split"] not in ("train", "train_nodistractor", "valid", "test"):
+            continue
+        ((subject, _, asked),) = facts(row["question"].removeprefix("True or false: "))
+        known, is_a = facts(row["context"]), {subject}
+        concepts = {lower for lower, *_ in known} - {subject}
+        while new := {upper for lower, no, upper in known if lower in is_a and not no and upper in concepts} - is_a:
+            is_a |= new
+        text = one_text(row["context"], row["question"])
+        places = {"answer": text.rindex(asked)}
+        sentences = [*SENTENCE.finditer(row["context"])]
+        for about in (False, True):  # better where it is said to have the property asked for
+            for sentence in sentences:
+                concept, predicate = singular(sentence[1]), singular(sentence[3])
+                if concept in concepts and (concept not in places or about and predicate == asked):
+                    places[concept] = sentence.start(1)
+        answers = {"answer": row["answer"]}
+        if row["split"].startswith("train"):
+            answers |= {concept: str(concept in is_a) for concept in sorted(concepts)}
+        fields = [{"name": name, "options": ["True", "False"], "at": at} for name, at in places.items()]
+        kept = {name: value for name, value in row.items() if name not in ("steps", "choices")}
+        depth = row["depth"] + 10 * (row["split"] == "train_nodistractor")  # told apart by ten more
+        chains.append(kept | {"fields": fields, "answer": answers, "depth": depth})
+    return chains
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
