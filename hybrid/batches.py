@@ -15,6 +15,8 @@ from hybrid.features import FeatureCache, fill_cache, text_key
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
 
+UNKNOWN = "unknown"  # option of a field that may be asked before its answer can be known
+
 
 class EmbeddedExamples:
     """Examples whose hidden states lie in the feature cache, handed out as padded batches.
@@ -71,6 +73,22 @@ class EmbeddedExamples:
             labels[position, : len(self._labels[row])] = self._labels[row]
         device = model.device
         return model.all_layers(token_ids, stored), mask.to(device), fields, labels.to(device)
+
+    def due_labels(self, rows: Sequence[int], steps: Sequence[int], labels: Tensor) -> Tensor:
+        """Labels of what the refinement step that each row takes is asked for (`Example.due`).
+
+        A field that is not due yet is `unknown` if it has that option, and else not asked for.
+        """
+        if not any(self.examples[row].due for row in rows):
+            return labels
+        labels = labels.clone()
+        for position, (row, step) in enumerate(zip(rows, steps, strict=True)):
+            example = self.examples[row]
+            for number, (field, due) in enumerate(zip(example.fields, example.due or (), strict=False)):
+                if due > step and labels[position, number] != IGNORED:
+                    has_unknown = UNKNOWN in field.options
+                    labels[position, number] = field.options.index(UNKNOWN) if has_unknown else IGNORED
+        return labels
 
     def _field_starts(self, model: HybridModel, row: int) -> list[int]:
         if row not in self._starts:

@@ -28,7 +28,7 @@ from hybrid.config import DataConfig
 from hybrid.decoder import Field
 
 ROLES = ("valid", "test", "train")  # in this order they cut slices of a split; what one takes, the next do not see
-COLUMNS = ("context", "question", "answer", "choices", "fields", "depth", "id", "answer_text")
+COLUMNS = ("context", "question", "answer", "choices", "fields", "due", "depth", "id", "answer_text")
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 VALID_NAMES = ("valid", "validation", "val", "dev")  # one split under four names
 SLICE = re.compile(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")  # train[-1000:], train[:90%]
@@ -44,7 +44,8 @@ class Example:
     """One question.
 
     `answers` holds one option text per field, `None` for one that is asked without being trained or counted; `depth`
-    is hops, proof depth or size, if known; `answer_text` is the answer in words, if the source has one.
+    is hops, proof depth or size, if known; `answer_text` is the answer in words, if the source has one; `due` holds the
+    refinement step of each field from which training asks for its answer, if that is not the first.
     """
 
     context: str | None
@@ -54,6 +55,7 @@ class Example:
     depth: int | None
     id: str
     answer_text: str | None = None
+    due: tuple[int, ...] | None = None
 
     @property
     def answered(self) -> list[tuple[Field, str]]:
@@ -96,12 +98,13 @@ def data_fingerprint(examples: Iterable[Example]) -> str:
 
 
 def _without_absent(row: dict[str, Any]) -> dict[str, Any]:
-    """An example as it was before it could have an answer in words, and fields a place."""
+    """An example as it was before it could have an answer in words and steps, and fields a place."""
     for field in row["fields"]:
         if field["at"] is None:
             del field["at"]
-    if row["answer_text"] is None:
-        del row["answer_text"]
+    for column in ("answer_text", "due"):
+        if row[column] is None:
+            del row[column]
     return row
 
 
@@ -299,10 +302,9 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     if any(field.at is not None for field in fields):
         _check_places(fields, texts, (context, question))
     answers = tuple(_pick(field, answer[field.name]) if field.name in answer else None for field in fields)
-    words = row.get("answer_text")
-    return Example(
-        context or None, question, fields, answers, _to_depth(row.get("depth")), name, str(words) if words else None
-    )
+    words, due = row.get("answer_text"), _to_due(row.get("due"), fields)
+    depth, words = _to_depth(row.get("depth")), str(words) if words else None
+    return Example(context or None, question, fields, answers, depth, name, words, due)
 
 
 def _check_places(fields: Sequence[Field], given: tuple[Any, Any], texts: tuple[str, str]) -> None:
@@ -314,6 +316,19 @@ def _check_places(fields: Sequence[Field], given: tuple[Any, Any], texts: tuple[
             raise ValueError(
                 f"field {field.name!r} stands at character {field.at}: context and question have {length}"
             )
+
+
+def _to_due(value: Any, fields: Sequence[Field]) -> tuple[int, ...] | None:
+    """The step from which each field is asked for: 1 where nothing is said."""
+    steps = json.loads(value) if isinstance(value, str) else value
+    steps = {name: step for name, step in (steps or {}).items() if step is not None}
+    if not steps:
+        return None
+    if wrong := [f"{name}: {step}" for name, step in steps.items() if not isinstance(step, int) or step < 1]:
+        raise ValueError(f"due {wrong}: expected the number of a refinement step, from 1")
+    if unknown := sorted(set(steps) - {field.name for field in fields}):
+        raise ValueError(f"due names {unknown}: the fields are {[field.name for field in fields]}")
+    return tuple(steps.get(field.name, 1) for field in fields)
 
 
 def _where_named(fields: Sequence[Field], text: str) -> tuple[Field, ...]:

@@ -37,14 +37,24 @@ def refinement_loss(
     labels: Int[Tensor, "batch fields"],
     halt_loss_weight: float = 0.5,
     answer_loss_weight: float = 1.0,
+    due_labels: Int[Tensor, "batch fields"] | None = None,
 ) -> dict[str, Tensor]:
     """The training loss of one refinement step and what it is made of.
+
+    Args:
+        scores: Logits of the options.
+        halt_logits: The q head.
+        labels: The right options in the end, which the q head is to foresee.
+        halt_loss_weight: Weight of the halting loss.
+        answer_loss_weight: Weight of the cross-entropy of the fields.
+        due_labels: What is asked of this step, if that is less than `labels`.
 
     Returns:
         `loss` (scalar with gradient), and detached means `answer_loss`, `halt_loss`, `accuracy`.
     """
-    right = all_fields_right(scores.detach(), labels)
-    answers, halts = answer_loss(scores, labels).mean(), halting_loss(halt_logits, right).mean()
+    due_labels = labels if due_labels is None else due_labels
+    halts = halting_loss(halt_logits, all_fields_right(scores.detach(), labels)).mean()
+    answers, right = answer_loss(scores, due_labels).mean(), all_fields_right(scores.detach(), due_labels)
     return {
         "loss": answer_loss_weight * answers + halt_loss_weight * halts,
         "answer_loss": answers.detach(),

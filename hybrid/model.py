@@ -462,6 +462,7 @@ class HybridModel(PreTrainedModel):
         memory_mask: Tensor,
         fields: FieldBatch,
         labels: Tensor | None = None,
+        due_labels: Tensor | None = None,
         state: ReasonerState | None = None,
         fresh: Tensor | None = None,
         num_latent_passes: int | None = None,
@@ -476,6 +477,7 @@ class HybridModel(PreTrainedModel):
             memory_mask: (batch, tokens), true where a token exists.
             fields: What is asked.
             labels: (batch, fields), number of the right option; -100 where a field does not exist.
+            due_labels: (batch, fields), what is asked of this step if that is less than `labels`.
             state: State of the step before; `None` starts anew. Slots at its end that this batch lacks are ignored.
             fresh: (batch,), rows of `state` to start anew.
             num_latent_passes: Overrides the configuration (n).
@@ -497,7 +499,7 @@ class HybridModel(PreTrainedModel):
         state, y = self.reasoner.refinement_step(encoded.slots, encoded.memory, start, num_latent_passes, num_cycles)
         scores, halt_logits = self.decoder(y, fields)
         weights = halt_loss_weight, answer_loss_weight
-        metrics = refinement_loss(scores, halt_logits, labels, *weights) if labels is not None else {}
+        metrics = refinement_loss(scores, halt_logits, labels, *weights, due_labels) if labels is not None else {}
         return HybridOutput(
             loss=metrics.pop("loss", None),
             scores=scores,

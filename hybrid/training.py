@@ -424,6 +424,7 @@ class Trainer:
         """One refinement step of some rows, with its gradients."""
         rows, settings = self.rows, self.settings
         hidden_states, mask, fields, labels = self.train.batch(self.model, examples, self.train.num_fields)
+        due = self.train.due_labels(examples, (rows.steps[part] + 1).tolist(), labels)
         if settings.feature_noise > 0:
             scale = settings.feature_noise * hidden_states.float().pow(2).mean(-1, keepdim=True).sqrt()
             hidden_states = hidden_states + scale.to(hidden_states.dtype) * torch.randn_like(hidden_states)
@@ -432,6 +433,7 @@ class Trainer:
             mask,
             fields,
             labels=labels,
+            due_labels=due,
             state=ReasonerState(rows.y[part], rows.z[part]),
             fresh=rows.halted[part].to(mask.device),
             num_latent_passes=stage.num_latent_passes,
@@ -455,7 +457,7 @@ class Trainer:
         gradients: Sequence[Tensor | None] = [None] * len(self.weights.parameters)
         if output.loss.requires_grad:  # else no text was written, and nothing but the text decoder is trained
             gradients = torch.autograd.grad(output.loss, self.weights.parameters, allow_unused=True)
-        right = all_fields_right(output.scores.detach(), labels).cpu()
+        right = all_fields_right(output.scores.detach(), due).cpu()
         return PartStep(output.state, {"loss": loss, **output.metrics}, gradients, wants_halt, right)
 
     def _add_text_loss(self, output: Any, ending: Tensor, fields: FieldBatch, examples: Sequence[Example]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import sys
 from collections import Counter, defaultdict
@@ -30,6 +31,11 @@ AGENT = re.compile(r"\b[A-Z]\b")
 NAME = re.compile(r"\b[A-Z][a-z]+\b")
 PAIR = re.compile(r"What is (\w+)'s family relation to (\w+)")
 LINK = re.compile(r"[a-z]+(?:-in-law)?")
+FEMALE = {
+    "aunt", "daughter", "daughter-in-law", "granddaughter", "grandmother", "mother", "mother-in-law", "niece", "sister",
+    "wife",
+}  # fmt: skip
+HOLD_OUT = 20  # of so many training stories of CLUTRR, one is kept for validation
 SENTENCE_END = re.compile(r"\.\s+")
 DIRECTIONS = {
     "above": (0, 1), "below": (0, -1), "left": (-1, 0), "right": (1, 0), "overlap": (0, 0),
@@ -47,12 +53,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
-    chains, wrong = stepgame(rows) if "f_comb" not in rows[0] and "steps" not in rows[0] else (
+    chains, unknown = stepgame(rows) if "f_comb" not in rows[0] and "steps" not in rows[0] else (
         clutrr(rows) if "f_comb" in rows[0] else (prontoqa(rows), 0)
     )
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     parsed.output.write_text("".join(json.dumps(row) + "\n" for row in chains))
-    print(f"{len(chains)} rows; left out of training: {wrong}")
+    print(f"{len(chains)} rows, {unknown} training rows of them without the answers on the way")
 
 
 # -- StepGame ------------------------------------------------------------------------------------------------------
@@ -60,21 +66,22 @@ def main(arguments: Sequence[str]) -> None:
 
 def stepgame(rows: Sequence[Row]) -> tuple[list[Row], int]:
     """Rows with a field for each agent but the one that the answer is relative to."""
-    says, chains, wrong = patterns(rows), [], 0
+    says, chains, unknown = patterns(rows), [], 0
     for row in rows:
         asked, origin = AGENT.findall(row["question"])
         agents = list(dict.fromkeys(AGENT.findall(row["context"])))
         others = [asked, *(agent for agent in agents if agent not in (asked, origin))]
-        answers = {asked: row["answer"]}
+        answers, due = {asked: row["answer"]}, {}
         if row["split"] == "train":
             places = positions(row["context"], origin, says)
-            found = {agent: BY_DIRECTION[sign(x), sign(y)] for agent, (x, y) in places.items()}
-            if found.get(asked) != row["answer"] or set(others) - set(found):
-                wrong += 1
-                continue
-            answers = {agent: found[agent] for agent in others}
-        chains.append(row | {"fields": others, "answer": answers})
-    return chains, wrong
+            found = {agent: BY_DIRECTION[sign(x), sign(y)] for agent, (x, y, _) in places.items()}
+            if found.get(asked) == row["answer"] and set(others) <= set(found):
+                answers, due = {agent: found[agent] for agent in others}, {agent: places[agent][2] for agent in others}
+            else:
+                unknown += 1
+        choices = [*row["choices"], "unknown"]
+        chains.append(row | {"fields": others, "answer": answers, "choices": choices, "due": due})
+    return chains, unknown
 
 
 def patterns(rows: Sequence[Row]) -> dict[str, str]:
@@ -96,8 +103,8 @@ def pattern(sentence: str) -> str:
     return AGENT.sub(lambda match: numbers.setdefault(match[0], str(len(numbers))), sentence.strip().rstrip("."))
 
 
-def positions(context: str, origin: str, says: Mapping[str, str]) -> dict[str, tuple[int, int]]:
-    """Where each agent that the sentences connect with the origin stands."""
+def positions(context: str, origin: str, says: Mapping[str, str]) -> dict[str, tuple[int, int, int]]:
+    """Where each agent that the sentences connect with the origin stands, and after how many of them."""
     edges: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
     for sentence in SENTENCE_END.split(context):
         relation, agents = says.get(pattern(sentence)), list(dict.fromkeys(AGENT.findall(sentence)))
@@ -107,11 +114,11 @@ def positions(context: str, origin: str, says: Mapping[str, str]) -> dict[str, t
         x, y = DIRECTIONS[relation]
         edges[second].append((first, x, y))
         edges[first].append((second, -x, -y))
-    found, queue = {origin: (0, 0)}, [origin]
+    found, queue = {origin: (0, 0, 0)}, [origin]
     for agent in queue:
         for other, x, y in edges[agent]:
             if other not in found:
-                found[other] = found[agent][0] + x, found[agent][1] + y
+                found[other] = found[agent][0] + x, found[agent][1] + y, found[agent][2] + 1
                 queue.append(other)
     return found
 
@@ -131,22 +138,66 @@ def clutrr(rows: Sequence[Row]) -> tuple[list[Row], int]:
     for row in rows:
         if row["split"] == "train" and row["depth"] == 2:
             composed[links(row)][row["answer"]] += 1
-    chains, wrong = [], 0
-    for row in rows:
+    chains, unknown = [], 0
+    for number, row in enumerate(rows):
         ((asked, origin),) = PAIR.findall(row["question"])
         people = [name for name in dict.fromkeys(NAME.findall(row["context"])) if name in named]
         between = [name for name in people if name not in (asked, origin)]
-        answers = {asked: row["answer"]}
+        answers, due = {asked: row["answer"]}, {}
         if row["split"] == "train":
             order = from_origin(row["context"], origin, asked, between)
             known = [{link: 1} for link in links(row)[:1]] + [composed[links(row)[:2]]][: row["depth"] - 2]
-            if len(between) != row["depth"] - 1 or order is None or not all(known):
-                wrong += 1
-                continue
-            answers |= {name: max(votes, key=votes.__getitem__) for name, votes in zip(order, known, strict=True)}
-        choices = sorted({*row["choices"], "husband", "wife"})  # which are never the answer, but on the way
-        chains.append(row | {"fields": [asked, *between], "answer": answers, "choices": choices})
-    return chains, wrong
+            if len(between) == row["depth"] - 1 and order is not None and all(known):
+                answers |= {name: max(votes, key=votes.__getitem__) for name, votes in zip(order, known, strict=True)}
+                due = {name: hops for hops, name in enumerate([*order, asked], start=1)}
+            else:
+                unknown += 1
+        choices = [*sorted({*row["choices"], "husband", "wife"}), "unknown"]  # never the answer, but on the way
+        chains.append(row | {"fields": [asked, *between], "answer": answers, "choices": choices, "due": due})
+        if row["split"] == "train" and number % HOLD_OUT == 0:
+            chains[-1]["split"] = "valid"
+    return chains + joined(chains, composed, named), unknown
+
+
+def joined(
+    chains: Sequence[Row], composed: Mapping[tuple[str, ...], Counter[str]], named: set[str], number: int = 600
+) -> list[Row]:
+    """Validation stories of four to six hops: two held-out ones, the last person of one being the origin of the other.
+
+    Where a composition is not in the training stories of two hops, the pair is passed over.
+    """
+    genders: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in chains:
+        if row["split"] == "train":
+            for name, relation in row["answer"].items():
+                genders[name][relation in FEMALE] += 1
+    gender = {name: votes.most_common(1)[0][0] for name, votes in genders.items()}
+    generator, rows = random.Random(0), []
+    held_out = [row for row in chains if row["split"] == "valid"]
+    while len(rows) < number:
+        near, far = generator.sample(held_out, 2)
+        (middle, *_), (asked, *between) = near["fields"], far["fields"]
+        ((_, origin),) = PAIR.findall(far["question"])
+        ((_, first),) = PAIR.findall(near["question"])
+        votes = composed.get((near["answer"][middle], far["answer"][asked]))
+        if not votes or gender.get(origin) != gender.get(middle):
+            continue
+        taken, new = {*near["fields"], first}, {origin: middle}
+        for name in (asked, *between):
+            free = sorted(named - taken - set(far["fields"]) - {origin})
+            new[name] = name if name not in taken else generator.choice([n for n in free if gender.get(n) == gender[name]])
+            taken.add(new[name])
+        text = NAME.sub(lambda match, new=new: new.get(match[0], match[0]), far["context"])
+        contexts = generator.sample([near["context"], text], 2)
+        rows.append(
+            near | {
+                "id": f"{near['id']}+{far['id']}", "split": "valid", "depth": near["depth"] + far["depth"],
+                "context": " ".join(contexts), "question": f"What is {new[asked]}'s family relation to {first}?",
+                "fields": [new[asked], *near["fields"], *(new[name] for name in between)],
+                "answer": {new[asked]: votes.most_common(1)[0][0]}, "due": {},
+            }
+        )  # fmt: skip
+    return rows
 
 
 def links(row: Row) -> tuple[str, ...]:

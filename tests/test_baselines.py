@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import CHOICES, chain_examples, tiny_run
@@ -21,6 +23,9 @@ from hybrid.baselines import (
 )
 from hybrid.batches import embed_examples
 from hybrid.config import FeatureConfig, RecursionStage
+from hybrid.decoder import Field
+from hybrid.documents import documents_of
+from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
 
 PROMPT = "A is left of B . Where is A ?"
@@ -91,6 +96,26 @@ def test_mlp_probe_scores_whole_answers(model, backbone, tmp_path):
     embedded = embed_examples(FeatureConfig(folder=str(tmp_path)), backbone, sets, progress=False)
     result = mlp_probe(model, embedded["train"], embedded["test"])
     assert result["accuracy_by_depth"][-1]["n"] == 40 and result["accuracy_by_depth"][-1]["accuracy"] > 0.9
+
+
+def test_what_has_no_answer_is_not_counted(model, backbone, tmp_path):
+    def with_another(examples):
+        return [
+            replace(e, fields=(Field("other", CHOICES), Field("direction", CHOICES)), answers=(None, *e.answers))
+            for e in examples
+        ]
+
+    asked = {"train": with_another(chain_examples(200)), "test": with_another(chain_examples(40, seed=9))}
+    embedded = embed_examples(FeatureConfig(folder=str(tmp_path)), backbone, asked, progress=False)
+    *_, labels = embedded["test"].batch(model, [0])
+    assert labels[0].tolist() == [IGNORED, CHOICES.index(asked["test"][0].answers[1])]
+    assert linear_probe(model, embedded["train"], embedded["test"])["accuracy_by_depth"][-1]["accuracy"] > 0.9
+    alone = [
+        replace(e, fields=(Field("direction", CHOICES),), answers=e.answers[1:]) for e in asked["test"][:8]
+    ]
+    both, one = (zero_shot(backbone, examples, progress=False) for examples in (asked["test"][:8], alone))
+    assert both["accuracy_by_depth"] == one["accuracy_by_depth"]
+    assert [document["field"] for document in documents_of(asked["test"][0])] == ["direction"]
 
 
 def head_of(config, backbone: Backbone) -> HybridModel:
