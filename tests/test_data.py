@@ -347,6 +347,16 @@ def test_fields_may_be_asked_without_an_answer(tmp_path):
     assert one.answered == [(one.fields[1], "a")] and other.answered == [(other.fields[0], "b")]
 
 
+def test_answers_may_be_due_later(tmp_path):
+    rows = [{**ROW, "fields": ["x", "y"], "answer": {"x": "a", "y": "a"}, "due": {"y": 3}}, {**ROW, "due": {}}]
+    one, other = load(rows, tmp_path)
+    assert one.due == (1, 3) and other.due is None
+    assert data_fingerprint([one]) != data_fingerprint([replace(one, due=None)])
+    for due, message in (({"y": 0}, "due .*'y: 0'.*from 1"), ({"z": 1}, r"due names \['z'\].*\['x', 'y'\]")):
+        with pytest.raises(ValueError, match=message):
+            load([rows[0] | {"due": due}], tmp_path)
+
+
 def test_fields_can_stand_where_their_names_are(tmp_path):
     row = {"context": "Annabel met Ann.", "question": "Did Bo?", "fields": ["Ann", "Bo", "Cy"], "choices": ["1", "2"]}
     [example] = load([row | {"answer": dict.fromkeys(row["fields"], "1")}], tmp_path, find_names=True)

@@ -81,3 +81,14 @@ def test_refinement_loss_is_answer_plus_weighted_halting():
     right = all_fields_right(scores, labels)
     expected = answer_loss(scores, labels).mean() + 0.5 * halting_loss(halt_logits, right).mean()
     torch.testing.assert_close(parts["loss"], expected)
+
+
+def test_what_is_not_due_costs_nothing_and_the_q_head_foresees_the_end():
+    scores, labels = torch.randn(4, 2, 3), torch.randint(0, 3, (4, 2))
+    scores.scatter_(2, labels[..., None], 9.0)  # all right in the end
+    due, halt_logits = labels.clone(), torch.randn(4)
+    due[0], due[1, 1] = IGNORED, (labels[1, 1] + 1) % 3
+    parts = refinement_loss(scores, halt_logits, labels, due_labels=due)
+    torch.testing.assert_close(parts["answer_loss"], answer_loss(scores, due).mean())
+    torch.testing.assert_close(parts["halt_loss"], halting_loss(halt_logits, torch.ones(4, dtype=torch.bool)).mean())
+    assert float(parts["accuracy"]) == 0.75

@@ -21,12 +21,13 @@ from conftest import CHOICES, chain_examples, chatty_llama, open_gate, tiny_reas
 
 from hybrid.backbone import Backbone
 from hybrid.batches import EmbeddedExamples, common_fields, common_places, embed_examples, known_options
-from hybrid.config import RecursionStage, RunConfig, TextConfig, TrainingConfig, to_plain
+from hybrid.config import FeatureConfig, RecursionStage, RunConfig, TextConfig, TrainingConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
 from hybrid.evaluation import StepRecord
 from hybrid.generation import keep_loss, own_texts
 from hybrid.inference import refine
+from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
 from hybrid.training import CHECKPOINT, Curriculum, RowStream, Trainer, learning_rate, prepare, train
 
@@ -525,6 +526,18 @@ def test_fields_start_where_they_stand_in_training_and_after(folder, backbone):
     asked = torch.tensor([list(answer.trace[-1]["answer"].values()) for answer in answers])
     torch.testing.assert_close(asked, trained, atol=0.01, rtol=0)  # the cache holds bfloat16
     assert (asked - nowhere).abs().max() > 0.02
+
+
+def test_a_step_is_asked_for_what_is_due(model, backbone, tmp_path):
+    fields = (Field("near", ["left", "right"]), Field("far", ["left", "right", "unknown"]))
+    example = Example(None, "A is left of B .", fields, ("left", "right"), None, "x", due=(2, 3))
+    rows = [example, dataclasses.replace(example, due=None)]
+    embedded = embed_examples(FeatureConfig(folder=str(tmp_path)), backbone, {"x": rows}, progress=False)["x"]
+    *_, labels = embedded.batch(model, [0, 1, 0, 0])
+    assert labels.tolist() == [[0, 1]] * 4
+    asked = embedded.due_labels([0, 1, 0, 0], [1, 1, 2, 3], labels)
+    assert asked.tolist() == [[IGNORED, 2], [0, 1], [0, 2], [0, 1]]
+    assert labels.tolist() == [[0, 1]] * 4
 
 
 def test_places_that_all_examples_share():
