@@ -44,8 +44,8 @@ class Example:
     """One question.
 
     `answers` holds one option text per field, `None` for one that is asked without being trained or counted; `depth`
-    is hops, proof depth or size, if known; `answer_text` is the answer in words, if the source has one; `due` holds the
-    refinement step of each field from which training asks for its answer, if that is not the first.
+    is hops, proof depth or size, if known; `answer_text` is the answer in words, if the source has one; `due` holds
+    the refinement step of each field from which training asks for its answer, if that is not the first.
     """
 
     context: str | None
@@ -225,7 +225,8 @@ def _to_examples(config: DataConfig, split: str, rows: Rows, train_rows: Rows) -
         if not config.places:
             example = replace(example, fields=tuple(replace(field, at=None) for field in example.fields))
         if config.find_names:
-            example = replace(example, fields=_where_named(example.fields, one_text(example.context, example.question)))
+            text = one_text(example.context, example.question)
+            example = replace(example, fields=_where_named(example.fields, text))
         examples.append(example)
     return examples
 

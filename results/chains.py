@@ -32,10 +32,11 @@ NAME = re.compile(r"\b[A-Z][a-z]+\b")
 PAIR = re.compile(r"What is (\w+)'s family relation to (\w+)")
 LINK = re.compile(r"[a-z]+(?:-in-law)?")
 FEMALE = {
-    "aunt", "daughter", "daughter-in-law", "granddaughter", "grandmother", "mother", "mother-in-law", "niece", "sister",
-    "wife",
+    "aunt", "daughter", "daughter-in-law", "granddaughter", "grandmother", "mother", "mother-in-law", "niece",
+    "sister", "wife",
 }  # fmt: skip
 HOLD_OUT = 20  # of so many training stories of CLUTRR, one is kept for validation
+NUM_JOINED = 12_000, 600  # stories made of two, for training and for validation
 SENTENCE_END = re.compile(r"\.\s+")
 DIRECTIONS = {
     "above": (0, 1), "below": (0, -1), "left": (-1, 0), "right": (1, 0), "overlap": (0, 0),
@@ -53,9 +54,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
-    chains, unknown = stepgame(rows) if "f_comb" not in rows[0] and "steps" not in rows[0] else (
-        clutrr(rows) if "f_comb" in rows[0] else (prontoqa(rows), 0)
-    )
+    to_chains = clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else stepgame
+    chains, unknown = to_chains(rows)
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     parsed.output.write_text("".join(json.dumps(row) + "\n" for row in chains))
     print(f"{len(chains)} rows, {unknown} training rows of them without the answers on the way")
@@ -134,10 +134,11 @@ def sign(number: int) -> int:
 def clutrr(rows: Sequence[Row]) -> tuple[list[Row], int]:
     """Rows with a field for each person but the one that the answer is relative to."""
     named = {name for row in rows for name in PAIR.findall(row["question"])[0]}
-    composed: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    composed: dict[tuple[str, ...], Counter[str]] = {}
+    more: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for row in rows:
         if row["split"] == "train" and row["depth"] == 2:
-            composed[links(row)][row["answer"]] += 1
+            composed.setdefault(links(row), Counter())[row["answer"]] += 1
     chains, unknown = [], 0
     for number, row in enumerate(rows):
         ((asked, origin),) = PAIR.findall(row["question"])
@@ -146,9 +147,9 @@ def clutrr(rows: Sequence[Row]) -> tuple[list[Row], int]:
         answers, due = {asked: row["answer"]}, {}
         if row["split"] == "train":
             order = from_origin(row["context"], origin, asked, between)
-            known = [{link: 1} for link in links(row)[:1]] + [composed[links(row)[:2]]][: row["depth"] - 2]
+            known = [Counter(links(row)[:1])] + [composed.get(links(row)[:2])][: row["depth"] - 2]
             if len(between) == row["depth"] - 1 and order is not None and all(known):
-                answers |= {name: max(votes, key=votes.__getitem__) for name, votes in zip(order, known, strict=True)}
+                answers |= {name: votes.most_common(1)[0][0] for name, votes in zip(order, known, strict=True)}
                 due = {name: hops for hops, name in enumerate([*order, asked], start=1)}
             else:
                 unknown += 1
@@ -156,45 +157,62 @@ def clutrr(rows: Sequence[Row]) -> tuple[list[Row], int]:
         chains.append(row | {"fields": [asked, *between], "answer": answers, "choices": choices, "due": due})
         if row["split"] == "train" and number % HOLD_OUT == 0:
             chains[-1]["split"] = "valid"
-    return chains + joined(chains, composed, named), unknown
+    for row in rows:  # with the relations that no single story says, such as that of a grandfather's sister
+        if row["split"] == "train" and row["depth"] == 3 and (votes := composed.get(links(row)[:2])):
+            pair = votes.most_common(1)[0][0], links(row)[2]
+            if pair not in composed:
+                more[pair][row["answer"]] += 1
+    held = [[row for row in chains if row["split"] == split] for split in ("train", "valid")]
+    genders: dict[str, Counter[bool]] = defaultdict(Counter)
+    for row in held[0]:
+        for name, relation in row["answer"].items():
+            genders[name][relation in FEMALE] += 1
+    gender = {name: votes.most_common(1)[0][0] for name, votes in sorted(genders.items())}
+    generator = random.Random(0)
+    for stories, number in zip(held, NUM_JOINED, strict=True):
+        chains += joined(stories, {**composed, **more}, gender, number, generator)
+    return chains, unknown
 
 
 def joined(
-    chains: Sequence[Row], composed: Mapping[tuple[str, ...], Counter[str]], named: set[str], number: int = 600
+    stories: Sequence[Row],
+    composed: Mapping[tuple[str, ...], Counter[str]],
+    gender: Mapping[str, bool],
+    number: int,
+    generator: random.Random,
 ) -> list[Row]:
-    """Validation stories of four to six hops: two held-out ones, the last person of one being the origin of the other.
+    """Stories of four to six hops: the person asked about in one story is the origin of another.
 
-    Where a composition is not in the training stories of two hops, the pair is passed over.
+    Where the training stories do not say how the two answers compose, the pair is passed over; of the people between,
+    those have an answer for whom they do.
     """
-    genders: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in chains:
-        if row["split"] == "train":
-            for name, relation in row["answer"].items():
-                genders[name][relation in FEMALE] += 1
-    gender = {name: votes.most_common(1)[0][0] for name, votes in genders.items()}
-    generator, rows = random.Random(0), []
-    held_out = [row for row in chains if row["split"] == "valid"]
+    rows: list[Row] = []
     while len(rows) < number:
-        near, far = generator.sample(held_out, 2)
+        near, far = generator.sample(stories, 2)
         (middle, *_), (asked, *between) = near["fields"], far["fields"]
-        ((_, origin),) = PAIR.findall(far["question"])
-        ((_, first),) = PAIR.findall(near["question"])
-        votes = composed.get((near["answer"][middle], far["answer"][asked]))
-        if not votes or gender.get(origin) != gender.get(middle):
+        ((_, first),), ((_, origin),) = PAIR.findall(near["question"]), PAIR.findall(far["question"])
+        if gender.get(origin) != gender.get(middle):
             continue
-        taken, new = {*near["fields"], first}, {origin: middle}
+        relation, taken, new = near["answer"][middle], {*near["fields"], first}, {origin: middle}
         for name in (asked, *between):
-            free = sorted(named - taken - set(far["fields"]) - {origin})
-            new[name] = name if name not in taken else generator.choice([n for n in free if gender.get(n) == gender[name]])
+            free = [other for other in gender if other not in {*taken, *far["fields"], origin}]
+            new[name] = name if name not in taken else generator.choice([o for o in free if gender[o] == gender[name]])
             taken.add(new[name])
+        answers, due = dict(near["answer"]), dict(near["due"])
+        for name, answer in far["answer"].items():
+            if votes := composed.get((relation, answer)):
+                answers[new[name]] = votes.most_common(1)[0][0]
+                due |= {new[name]: near["depth"] + far["due"][name]} if name in far["due"] else {}
+        if new[asked] not in answers:
+            continue
         text = NAME.sub(lambda match, new=new: new.get(match[0], match[0]), far["context"])
-        contexts = generator.sample([near["context"], text], 2)
         rows.append(
             near | {
-                "id": f"{near['id']}+{far['id']}", "split": "valid", "depth": near["depth"] + far["depth"],
-                "context": " ".join(contexts), "question": f"What is {new[asked]}'s family relation to {first}?",
+                "id": f"{near['id']}+{far['id']}", "depth": near["depth"] + far["depth"],
+                "context": " ".join(generator.sample([near["context"], text], 2)),
+                "question": f"What is {new[asked]}'s family relation to {first}?",
                 "fields": [new[asked], *near["fields"], *(new[name] for name in between)],
-                "answer": {new[asked]: votes.most_common(1)[0][0]}, "due": {},
+                "answer": answers if near["split"] == "train" else {new[asked]: answers[new[asked]]}, "due": due,
             }
         )  # fmt: skip
     return rows
@@ -220,7 +238,7 @@ def from_origin(context: str, origin: str, asked: str, between: Sequence[str]) -
 # -- PrOntoQA ------------------------------------------------------------------------------------------------------
 
 
-def prontoqa(rows: Sequence[Row]) -> list[Row]:
+def prontoqa(rows: Sequence[Row]) -> tuple[list[Row], int]:
     """Rows with a field for each concept that is said to be something, and the answer at the word asked for."""
     chains = []
     for row in rows:
@@ -246,7 +264,7 @@ def prontoqa(rows: Sequence[Row]) -> list[Row]:
         kept = {name: value for name, value in row.items() if name not in ("steps", "choices")}
         depth = row["depth"] + 10 * (row["split"] == "train_nodistractor")  # told apart by ten more
         chains.append(kept | {"fields": fields, "answer": answers, "depth": depth})
-    return chains
+    return chains, 0
 
 
 if __name__ == "__main__":

@@ -110,9 +110,7 @@ def test_what_has_no_answer_is_not_counted(model, backbone, tmp_path):
     *_, labels = embedded["test"].batch(model, [0])
     assert labels[0].tolist() == [IGNORED, CHOICES.index(asked["test"][0].answers[1])]
     assert linear_probe(model, embedded["train"], embedded["test"])["accuracy_by_depth"][-1]["accuracy"] > 0.9
-    alone = [
-        replace(e, fields=(Field("direction", CHOICES),), answers=e.answers[1:]) for e in asked["test"][:8]
-    ]
+    alone = [replace(e, fields=(Field("direction", CHOICES),), answers=e.answers[1:]) for e in asked["test"][:8]]
     both, one = (zero_shot(backbone, examples, progress=False) for examples in (asked["test"][:8], alone))
     assert both["accuracy_by_depth"] == one["accuracy_by_depth"]
     assert [document["field"] for document in documents_of(asked["test"][0])] == ["direction"]
