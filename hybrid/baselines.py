@@ -329,8 +329,10 @@ def probe_layers(
     options = sorted({option for example in train for option in example.fields[0].options})
     train_states = _pooled_layers(backbone, train, token_budget, progress)
     test_states = _pooled_layers(backbone, test, token_budget, progress)
-    labels = torch.tensor([options.index(example.answers[0]) for example in train])
-    expected = torch.tensor([options.index(e.answers[0]) if e.answers[0] in options else -1 for e in test])
+    labels, expected = (
+        torch.tensor([options.index(right) if right in options else -1 for e in examples for _, right in e.answered])
+        for examples in (train, test)
+    )
     rows = []
     for layer in tqdm(range(backbone.num_layers + 1), unit="layer", desc="probe", disable=not progress, leave=False):
         probe, accuracy = fit_logistic(train_states[:, layer], labels, len(options), (1e-3, 1e-2))

@@ -93,8 +93,8 @@ def _show_refinement(model: HybridModel, examples: Sequence[Example]) -> None:
 
 def _interest(example: Example, answer: Answer) -> tuple[bool, float]:
     """Right in the end first; among those, the one whose probability rose most."""
-    rise = answer.trace[-1]["answer"][example.answers[0]] - answer.trace[0]["answer"][example.answers[0]]
-    return answer.value == example.answers[0], rise
+    ((field, right),) = example.answered
+    return answer.value == right, answer.trace[-1][field.name][right] - answer.trace[0][field.name][right]
 
 
 def _say(start: float, text: str) -> None:
