@@ -23,6 +23,7 @@ from hybrid.model import HybridModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 
+import chains
 import prontoqa_shortcut
 import trm
 import written
@@ -53,6 +54,82 @@ def test_facts_of_a_story_are_fields_beside_its_answer():
     new = with_facts(row, properties=True)
     assert new["answer"] == {"answer": "True", **concepts, "wooden": "False"} and "steps" not in new
     assert new["fields"] == list(new["answer"])
+
+
+def test_agents_between_are_fields_that_are_due_after_so_many_sentences():
+    def row(split: str, depth: int, context: str, asked: str, answer: str) -> dict[str, Any]:
+        question = f"What is the relation of the agent {asked[0]} to the agent {asked[1]}?"
+        choices = list(chains.DIRECTIONS)
+        return {
+            "split": split, "depth": depth, "context": context, "question": question, "answer": answer,
+            "choices": choices,
+        }  # fmt: skip
+
+    told = [
+        row("train", 1, "A is over B.", "AB", "above"),
+        row("train", 1, "C is left of D.", "DC", "right"),
+        row("train", 2, "X is over Y. Z is left of X.", "ZY", "upper-left"),
+        row("train", 2, "X is over Y. Z is left of X.", "ZY", "right"),  # not what the sentences say
+        row("valid", 2, "X is over Y. Z is left of X.", "YZ", "lower-right"),
+    ]
+    (*_, two, wrong, valid), unknown = chains.stepgame(told)
+    assert unknown == 1 and wrong["answer"] == {"Z": "right"} and wrong["due"] == {}
+    assert two["fields"] == ["Z", "X"] and two["answer"] == {"Z": "upper-left", "X": "above"}
+    assert two["due"] == {"Z": 2, "X": 1} and two["choices"][-1] == "unknown"
+    assert valid["fields"] == ["Y", "X"] and valid["answer"] == {"Y": "lower-right"} and valid["due"] == {}
+
+
+def told(split: str, context: str, asked: str, link: str, answer: str) -> dict[str, Any]:
+    asked, origin = asked.split()
+    question = f"What is {asked}'s family relation to {origin}?"
+    return {
+        "id": context[:3], "split": split, "depth": link.count("-") + 1 - link.count("-in-law") * 2, "f_comb": link,
+        "context": context, "question": question, "answer": answer, "choices": ["son", "grandson", "mother-in-law"],
+    }  # fmt: skip
+
+
+SONS = "Al has a son Bo. Bo has a son Cy.", "Cy Al", "son-son", "grandson"
+
+
+def test_people_between_are_fields(monkeypatch):
+    monkeypatch.setattr(chains, "NUM_JOINED", (0, 0))
+    in_law = "Di has a son Ed. Flo is the mother-in-law of Ed.", "Flo Di", "son-mother-in-law", "mother-in-law"
+    three = "Gus has a son Hal. Hal has a son Ian. Ian has a son Jo.", "Jo Gus", "son-son-son", "grandson"
+    named = [told("test", "", pair, "son", "son") for pair in ("Bo Ed", "Hal Ian")]  # somebody is asked about them
+    rows, unknown = chains.clutrr([told("train", *SONS), told("train", *in_law), told("train", *three), *named])
+    rows = rows[:3]
+    assert unknown == 0 and [row["split"] for row in rows] == ["valid", "train", "train"]
+    assert rows[1]["answer"] == {"Flo": "mother-in-law", "Ed": "son"} and rows[1]["due"] == {"Ed": 1, "Flo": 2}
+    assert rows[2]["answer"] == {"Jo": "grandson", "Hal": "son", "Ian": "grandson"}
+    assert rows[2]["due"] == {"Hal": 1, "Ian": 2, "Jo": 3} and rows[2]["choices"][-2:] == ["wife", "unknown"]
+    stories = [told("train", *SONS), told("train", "Gus, Hal, Ian, Jo.", *three[1:]), *named]
+    unordered = chains.clutrr(stories)[0][1]
+    assert unordered["answer"] == {"Jo": "grandson"} and unordered["fields"] == ["Jo", "Hal", "Ian"]
+    test = chains.clutrr([told("test", *SONS), *named])[0][0]
+    assert test["answer"] == {"Cy": "grandson"} and test["fields"] == ["Cy", "Bo"]
+
+
+def test_stories_are_joined_at_a_person_of_the_same_gender():
+    def story(origin: str, between: str, asked: str, split: str) -> dict[str, Any]:
+        row = told(
+            split, f"{origin} has a son {between}. {between} has a son {asked}.", f"{asked} {origin}", *SONS[2:]
+        )
+        answers, due = {asked: "grandson", between: "son"}, {between: 1, asked: 2}
+        return row | {"fields": [asked, between], "answer": answers, "due": due}
+
+    gender = dict.fromkeys(("Al", "Bo", "Cy", "Gus", "Hal", "Ian", "Kim"), False) | {"Flo": True}
+    composed = {("grandson", "grandson"): Counter(["nephew"])}
+    for split in ("train", "valid"):
+        stories = [story("Al", "Bo", "Cy", split), story("Gus", "Bo", "Hal", split)]
+        [row] = chains.joined(stories, composed, gender, 1, random.Random(1))
+        near, far = stories if "relation to Al" in row["question"] else reversed(stories)
+        asked, middle, between, other = row["fields"]
+        assert (middle, between, asked) == (*near["fields"], far["fields"][0])
+        assert other not in ("Bo", "Flo", "Al", "Gus", "Cy", "Hal")  # the second Bo has another name
+        assert f"{middle} has a son {other}. {other} has a son {asked}." in row["context"] and row["depth"] == 4
+        assert near["context"] in row["context"] and row["due"] == {"Bo": 1, middle: 2, asked: 4}
+        answers = {middle: "grandson", "Bo": "son", asked: "nephew"}
+        assert row["answer"] == (answers if split == "train" else {asked: "nephew"})
 
 
 def test_rows_with_and_without_distractors_are_mixed_and_held_out_by_depth(monkeypatch):
