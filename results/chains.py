@@ -8,7 +8,8 @@ Stories: how is each person related to the one asked about last? The answers of 
 training rows alone: what one sentence says, in StepGame, is what it says in a story of one hop; how two relations
 compose, in CLUTRR, is how they do in a story of two. PrOntoQA: which concepts does the subject belong to?
 Only training rows carry these answers. In the others the fields are asked, too, and the answer to the question alone
-counts.
+counts. With `--due` an answer that lies two sentences away is asked for from the second refinement step on, and so
+forth, and is `unknown` before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import random
 import re
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,7 @@ from typing import Any
 from prontoqa_shortcut import SENTENCE, facts, singular
 
 from hybrid.backbone import one_text
+from hybrid.evaluation import provenance, write_results
 
 AGENT = re.compile(r"\b[A-Z]\b")
 NAME = re.compile(r"\b[A-Z][a-z]+\b")
@@ -52,13 +55,26 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--due", action="store_true", help="stories: say from which step an answer can be known")
+    parser.add_argument("--distances", type=Path, help="StepGame: a result file of how many sentences lie between")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     to_chains = clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else stepgame
     chains, unknown = to_chains(rows)
+    if not parsed.due:
+        chains = [without_due(row) for row in chains]
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     parsed.output.write_text("".join(json.dumps(row) + "\n" for row in chains))
+    if parsed.distances:
+        command = shlex.join(["python", "results/chains.py", *arguments])
+        write_results(parsed.distances, {"distances": distances(rows), **provenance(command, seed=0)})
     print(f"{len(chains)} rows, {unknown} training rows of them without the answers on the way")
+
+
+def without_due(row: Row) -> Row:
+    """The row with every answer asked for from the first step on."""
+    kept = {name: value for name, value in row.items() if name != "due"}
+    return kept | {"choices": [choice for choice in row["choices"] if choice != "unknown"]} if "due" in row else kept
 
 
 # -- StepGame ------------------------------------------------------------------------------------------------------
@@ -82,6 +98,22 @@ def stepgame(rows: Sequence[Row]) -> tuple[list[Row], int]:
         choices = [*row["choices"], "unknown"]
         chains.append(row | {"fields": others, "answer": answers, "choices": choices, "due": due})
     return chains, unknown
+
+
+def distances(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How many sentences lead from one agent asked about to the other, for stories of each length.
+
+    Questions whose agents the sentences do not connect, or some of whose words no story of one hop has, are `None`.
+    """
+    says, found = patterns(rows), defaultdict(Counter)
+    for row in rows:
+        asked, origin = AGENT.findall(row["question"])
+        places = positions(row["context"], origin, says)
+        found[row["split"], row["depth"]][str(places[asked][2]) if asked in places else "None"] += 1
+    return [
+        {"split": split, "depth": depth, "sentences": dict(sorted(counts.items()))}
+        for (split, depth), counts in sorted(found.items())
+    ]
 
 
 def patterns(rows: Sequence[Row]) -> dict[str, str]:

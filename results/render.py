@@ -2,7 +2,8 @@
 
 A table stands between `<!-- table: results/NAME/results.json other.json … -->` and `<!-- end -->`, other files of the
 same folder being baselines beside the head; an output copied from a run stands between
-`<!-- file: results/NAME/FILE -->` and `<!-- end -->`.
+`<!-- file: results/NAME/FILE -->` and `<!-- end -->`; one table of all sets, with what others report
+(`results/published.json`), between `<!-- summary: NAME+other.json … -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from written import table as written_table
 
 from hybrid.bench import markdown_table
-from hybrid.evaluation import accuracy_lines, harness_lines
+from hybrid.evaluation import COSTS, accuracy_lines, harness_lines
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (table|file): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|file|summary): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+SUMMARY = "set", "answered by", "n", "all", "deepest", "trainable", "training, s", "one answer, ms"
 
 
 def render(text: str) -> str:
@@ -26,6 +30,8 @@ def render(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         start, kind, name, more, end = match.groups()
+        if kind == "summary":
+            return f"{start}{summary([name, *more.split()])}\n{end}"
         content = (ROOT / name).read_text()
         if kind == "table":
             results = json.loads(content)
@@ -43,6 +49,39 @@ def render(text: str) -> str:
         return f"{start}{body}{end}"
 
     return BLOCK.sub(fill, text)
+
+
+def summary(sets: Sequence[str]) -> str:
+    """One table: each set's head, its baselines and what others report; `NAME+other.json` adds files of baselines."""
+    published = json.loads((ROOT / "results" / "published.json").read_text())
+    lines = [f"| {' | '.join(SUMMARY)} |", "|---" * len(SUMMARY) + "|"]
+    for part in sets:
+        name, *others = part.split("+")
+        folder = ROOT / "results" / name
+        results = json.loads((folder / "results.json").read_text())
+        systems = [{"name": "**head**", **results}, *results.get("baselines", [])]
+        systems += [json.loads((folder / other).read_text()) for other in others]
+        for number, system in enumerate(systems):
+            *_, deepest, every = system["accuracy_by_depth"]
+            costs = [form.format(system[key]) if system.get(key) is not None else "–" for key, form in COSTS.values()]
+            shown = f"[{name.removesuffix('_smollm2')}](results/{name}/)" if number == 0 else ""
+            cells = [
+                shown,
+                system["name"],
+                str(every["n"]),
+                _accuracy(every),
+                f"{deepest['depth']}: {_accuracy(deepest)}",
+            ]
+            lines.append(f"| {' | '.join([*cells, *costs])} |")
+        for peer in published.get(name, []):
+            who = f"[{peer['name']}]({peer['source']})"
+            lines.append(f"| | {who} | – | – | {peer['questions']}: {peer['accuracy']} | – | – | – |")
+    return "\n".join(lines)
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{row['accuracy']:.3f} ({low:.3f}–{high:.3f})"
 
 
 if __name__ == "__main__":

@@ -72,6 +72,9 @@ def test_agents_between_are_fields_that_are_due_after_so_many_sentences():
         row("train", 2, "X is over Y. Z is left of X.", "ZY", "right"),  # not what the sentences say
         row("valid", 2, "X is over Y. Z is left of X.", "YZ", "lower-right"),
     ]
+    [one, two, valid] = chains.distances(told)
+    assert (one["depth"], one["sentences"], two["sentences"]) == (1, {"1": 2}, {"2": 2})
+    assert (valid["split"], valid["sentences"]) == ("valid", {"2": 1})
     (*_, two, wrong, valid), unknown = chains.stepgame(told)
     assert unknown == 1 and wrong["answer"] == {"Z": "right"} and wrong["due"] == {}
     assert two["fields"] == ["Z", "X"] and two["answer"] == {"Z": "upper-left", "X": "above"}
