@@ -111,7 +111,7 @@ def test_readme_example_runs_on_the_quickstart_head(tmp_path):
     assert run.returncode == 0, run.stderr
     for path in (
         "mini_sudoku_smollm2/schema.txt", "stepgame_smollm2/schema.txt", "stepgame_text_smollm2/example.txt",
-        "three_islanders_smollm2/example.txt",
+        "three_islanders_smollm2/example.txt", "chains_clutrr_smollm2/example.txt",
     ):  # fmt: skip
         assert (ROOT / "results" / path).read_text() in run.stdout
     value, _, steps = next(line for line in run.stdout.splitlines() if "." in line and line.count(" ") == 2).split()
