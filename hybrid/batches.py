@@ -81,14 +81,15 @@ class EmbeddedExamples:
         """
         if not any(self.examples[row].due for row in rows):
             return labels
-        labels = labels.clone()
+        asked = torch.full(labels.shape, IGNORED)
         for position, (row, step) in enumerate(zip(rows, steps, strict=True)):
             example = self.examples[row]
+            asked[position, : len(example.fields)] = self._labels[row]
             for number, (field, due) in enumerate(zip(example.fields, example.due or (), strict=False)):
-                if due > step and labels[position, number] != IGNORED:
+                if due > step and example.answers[number] is not None:
                     has_unknown = UNKNOWN in field.options
-                    labels[position, number] = field.options.index(UNKNOWN) if has_unknown else IGNORED
-        return labels
+                    asked[position, number] = field.options.index(UNKNOWN) if has_unknown else IGNORED
+        return asked.to(labels.device)
 
     def _field_starts(self, model: HybridModel, row: int) -> list[int]:
         if row not in self._starts:

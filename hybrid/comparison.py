@@ -218,11 +218,11 @@ def _own_accuracy(head: HybridLM, tasks: Sequence[ConfigurableTask], results: Ma
             if num_documents <= 0:
                 break
             examples.append(example)
-            num_documents -= len(example.fields)
+            num_documents -= len(example.answered)
         embedded = embed_examples(FeatureConfig(), head.model.backbone, {"asked": examples})["asked"]
         record = run_steps(head.model, embedded, max_steps)
         row = accuracy_row(record.when_halted(record.right, max_steps))
-        metric = "acc" if embedded.num_fields == 1 else "whole answer"
+        metric = "acc" if all(len(example.answered) == 1 for example in examples) else "whole answer"
         found[task.task_name] = {
             f"{metric},none": row["accuracy"], f"{metric}_stderr,none": row["stderr"], "sample_len": row["n"]
         }  # fmt: skip

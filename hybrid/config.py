@@ -178,7 +178,8 @@ class DataConfig:
         choices: Options for rows that bring none. Where answers are truth values and neither option is `yes` or
             `true`, the first option is false and the second true.
         places: Keep where fields stand in the text (`Field.at`), if the source says it.
-        find_names: A field whose place the source does not say stands where the text first has its name, as a word.
+        find_names: A field that the source names, and whose place it does not say, stands where the text first has its
+            name, as a word.
         train_split: Name of the training split, or of several (`easy+hard`).
         valid_split: Split on which choices are made (checkpoints, steps). Where the source has none, that many
             rows can be cut from the training split: `train[-1000:]` takes them from a fixed shuffle that spreads the
@@ -214,6 +215,7 @@ class DataConfig:
         for name in ("max_train_examples", "max_eval_examples"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"data.{name}", value, "a number > 0, or null for all")
+        _check(self.task_parameters != [], "data.task_parameters", [], "a mapping, or a list of at least one")
         _check(self.places or not self.find_names, "data.find_names", True, "false where data.places is false")
 
 

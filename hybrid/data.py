@@ -224,7 +224,7 @@ def _to_examples(config: DataConfig, split: str, rows: Rows, train_rows: Rows) -
             raise ValueError(f"row {number} of split {split!r} (id {name!r}): {error}") from None
         if not config.places:
             example = replace(example, fields=tuple(replace(field, at=None) for field in example.fields))
-        if config.find_names:
+        if config.find_names and [field.name for field in example.fields] != ["answer"]:  # which nobody named
             text = one_text(example.context, example.question)
             example = replace(example, fields=_where_named(example.fields, text))
         examples.append(example)
@@ -292,7 +292,7 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     places = {f["name"]: f.get("at") for f in listed if not isinstance(f, str)}
     named = named or {f["name"]: f.get("options", options) for f in listed}
     if isinstance(answer, list) and len(answer) == len(named):
-        answer = dict(zip(named, answer, strict=True))
+        answer = {key: value for key, value in zip(named, answer, strict=True) if value is not None}
     if not isinstance(answer, Mapping) or not answer or not set(answer) <= set(named):
         raise ValueError(f"answer {answer!r}: expected an option for each of the fields {list(named)}, or for some")
     if wrong := {key: values for key, values in named.items() if not isinstance(values, list | tuple)}:
@@ -321,11 +321,13 @@ def _check_places(fields: Sequence[Field], given: tuple[Any, Any], texts: tuple[
 
 def _to_due(value: Any, fields: Sequence[Field]) -> tuple[int, ...] | None:
     """The step from which each field is asked for: 1 where nothing is said."""
-    steps = json.loads(value) if isinstance(value, str) else value
-    steps = {name: step for name, step in (steps or {}).items() if step is not None}
+    given = json.loads(value) if isinstance(value, str) and value[:2] in JSON else value
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"due {value!r}: expected a mapping from fields to refinement steps; another column's name?")
+    steps = {name: step for name, step in (given or {}).items() if step is not None}
     if not steps:
         return None
-    if wrong := [f"{name}: {step}" for name, step in steps.items() if not isinstance(step, int) or step < 1]:
+    if wrong := [f"{name}: {step}" for name, step in steps.items() if type(step) is not int or step < 1]:
         raise ValueError(f"due {wrong}: expected the number of a refinement step, from 1")
     if unknown := sorted(set(steps) - {field.name for field in fields}):
         raise ValueError(f"due names {unknown}: the fields are {[field.name for field in fields]}")

@@ -206,7 +206,7 @@ def summarize(record: StepRecord, examples: Sequence[Example], steps: Sequence[i
             {"steps": step, "by_depth": by_depth(record.right[step - 1], examples)} for step in steps
         ],
         "movement_by_steps": [round(float(step.mean()), 6) for step in record.movement],
-        "num_fields": max(len(example.fields) for example in examples),
+        "num_fields": max(len(example.answered) for example in examples),
         "field_accuracy": float(record.when_halted(record.fields_right, max_steps).mean()),
         "mean_steps_used": float(used.mean()),
         "mean_steps_used_by_depth": {

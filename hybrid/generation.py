@@ -412,7 +412,7 @@ def answer_text(settings: TextConfig, example: Example) -> str:
         return settings.answer.format_map(answers)
     except (KeyError, IndexError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"text.answer={settings.answer!r} cannot be filled ({type(error).__name__}: {error}): the fields are "
+            f"text.answer={settings.answer!r} cannot be filled ({type(error).__name__}: {error}): the answers are of "
             f"{list(answers)}, each named in braces"
         ) from None
 

@@ -44,7 +44,7 @@ def refinement_loss(
     Args:
         scores: Logits of the options.
         halt_logits: The q head.
-        labels: The right options in the end, which the q head is to foresee.
+        labels: The right options in the end, by which the q head is trained.
         halt_loss_weight: Weight of the halting loss.
         answer_loss_weight: Weight of the cross-entropy of the fields.
         due_labels: What is asked of this step, if that is less than `labels`.

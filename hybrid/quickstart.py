@@ -84,7 +84,7 @@ def _show_refinement(model: HybridModel, examples: Sequence[Example]) -> None:
         model.answer(example.question, context=example.context, max_steps=4, halting="never") for example in two_hops
     ]
     example, answer = max(zip(two_hops, answers, strict=True), key=lambda pair: _interest(*pair))
-    print(f"\n{example.context}\n{example.question}   (right answer: {example.answers[0]})")
+    print(f"\n{example.context}\n{example.question}   (right answer: {example.answered[0][1]})")
     for step, options in enumerate((fields["answer"] for fields in answer.trace), start=1):
         best = sorted(options.items(), key=lambda option: -option[1])[:3]
         print(f"  step {step}:  " + "   ".join(f"{text} {p:.2f}" for text, p in best))

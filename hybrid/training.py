@@ -301,6 +301,7 @@ class Trainer:
         native = native_dtype(accelerator.device)
         dtype = {"auto": native, "bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.precision]
         self.train, self.valid = train, valid
+        self._check_due()
         self.model = model.to(accelerator.device)
         if accelerator.num_processes > 1:  # machines may differ in the last bit of what they embed or draw
             for tensor in (*model.parameters(), *model.buffers()):
@@ -330,6 +331,17 @@ class Trainer:
         self.best_score, self.best_accuracy = (-1.0, 0.0), 0.0  # answers, in words too; of equals, right fields decide
         self.window: dict[str, float] = {}
         self.stop_requested, self.finished = False, False
+
+    def _check_due(self) -> None:
+        """Refuse answers that no step of the training would be asked for."""
+        latest = max((max(example.due) for example in self.train.examples if example.due), default=1)
+        stages = [stage.max_steps for stage in self.settings.recursion_schedule[-1:]]
+        max_steps = next((number for number in stages if number is not None), self.config.reasoner.max_steps)
+        if latest > max_steps:
+            raise ValueError(
+                f"an answer is due from step {latest} on, and training ends with {max_steps} steps at most: raise "
+                "reasoner.max_steps (or that of the last training.recursion_schedule), or leave out the column `due`"
+            )
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -527,16 +539,17 @@ class Trainer:
             depths = {str(row["depth"]): round(row["accuracy"], 4) for row in by_depth(halted, self.valid.examples)}
             fields = float(record.when_halted(record.fields_right, max_steps).mean())
             steps = float(record.steps_used(max_steps).float().mean())
+            several = any(len(example.answered) > 1 for example in self.valid.examples)
             line: dict[str, Any] = {
                 "update": self.num_updates,
                 "valid_accuracy": accuracy,
                 "valid_by_depth": depths,
                 "valid_steps": steps,
-                **({"valid_fields": fields} if self.valid.num_fields > 1 else {}),
+                **({"valid_fields": fields} if several else {}),
                 **written,
             }
             shown = f"update {self.num_updates}: validation accuracy {accuracy:.3f}  {depths}  steps {steps:.1f}"
-            if self.valid.num_fields > 1:
+            if several:
                 shown += f"  fields {fields:.3f}"
             if written:
                 shown += f"  written {written['valid_written']:.3f}"

@@ -7,9 +7,9 @@
 Stories: how is each person related to the one asked about last? The answers of the people between follow from the
 training rows alone: what one sentence says, in StepGame, is what it says in a story of one hop; how two relations
 compose, in CLUTRR, is how they do in a story of two. PrOntoQA: which concepts does the subject belong to?
-Only training rows carry these answers. In the others the fields are asked, too, and the answer to the question alone
-counts. With `--due` an answer that lies two sentences away is asked for from the second refinement step on, and so
-forth, and is `unknown` before.
+Training rows carry these answers, and those of CLUTRR that are held out for validation. In the others the fields are
+asked, too, and the answer to the question alone counts. With `--due` an answer that lies two sentences away is asked
+for from the second refinement step on, and so forth, and is `unknown` before.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def clutrr(rows: Sequence[Row]) -> tuple[list[Row], int]:
         people = [name for name in dict.fromkeys(NAME.findall(row["context"])) if name in named]
         between = [name for name in people if name not in (asked, origin)]
         answers, due = {asked: row["answer"]}, {}
-        if row["split"] == "train":
+        if row["split"] == "train" and row["depth"] in (2, 3):
             order = from_origin(row["context"], origin, asked, between)
             known = [Counter(links(row)[:1])] + [composed.get(links(row)[:2])][: row["depth"] - 2]
             if len(between) == row["depth"] - 1 and order is not None and all(known):
@@ -228,7 +228,9 @@ def joined(
         relation, taken, new = near["answer"][middle], {*near["fields"], first}, {origin: middle}
         for name in (asked, *between):
             free = [other for other in gender if other not in {*taken, *far["fields"], origin}]
-            new[name] = name if name not in taken else generator.choice([o for o in free if gender[o] == gender[name]])
+            new[name] = (
+                name if name not in taken else generator.choice([o for o in free if gender[o] == gender.get(name)])
+            )
             taken.add(new[name])
         answers, due = dict(near["answer"]), dict(near["due"])
         for name, answer in far["answer"].items():

@@ -352,7 +352,12 @@ def test_answers_may_be_due_later(tmp_path):
     one, other = load(rows, tmp_path)
     assert one.due == (1, 3) and other.due is None
     assert data_fingerprint([one]) != data_fingerprint([replace(one, due=None)])
-    for due, message in (({"y": 0}, "due .*'y: 0'.*from 1"), ({"z": 1}, r"due names \['z'\].*\['x', 'y'\]")):
+    for due, message in (
+        ({"y": 0}, "due .*'y: 0'.*from 1"),
+        ({"z": 1}, r"due names \['z'\].*\['x', 'y'\]"),
+        ("soon", "due 'soon'.*mapping"),
+        ([1], r"due \[1\].*mapping"),
+    ):
         with pytest.raises(ValueError, match=message):
             load([rows[0] | {"due": due}], tmp_path)
 

@@ -83,7 +83,7 @@ def test_refinement_loss_is_answer_plus_weighted_halting():
     torch.testing.assert_close(parts["loss"], expected)
 
 
-def test_what_is_not_due_costs_nothing_and_the_q_head_foresees_the_end():
+def test_what_is_not_due_costs_nothing_and_the_q_head_goes_by_the_end():
     scores, labels = torch.randn(4, 2, 3), torch.randint(0, 3, (4, 2))
     scores.scatter_(2, labels[..., None], 9.0)  # all right in the end
     due, halt_logits = labels.clone(), torch.randn(4)

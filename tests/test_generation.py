@@ -502,5 +502,5 @@ def test_answer_in_words():
     two = dataclasses.replace(example, fields=(Field("P", "xy"), Field("Q", "xy")), answers=("x", "y"))
     assert answer_text(TextConfig(), two) == "P: x, Q: y"
     for template in ("{R}", "{P", "{}", "{P.x}"):
-        with pytest.raises(ValueError, match=r"cannot be filled .*: the fields are \['P', 'Q'\]"):
+        with pytest.raises(ValueError, match=r"cannot be filled .*: the answers are of \['P', 'Q'\]"):
             answer_text(TextConfig(answer=template), two)
