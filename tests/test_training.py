@@ -324,7 +324,11 @@ def test_rows_halt_as_configured(folder, backbone, halting):
 def test_while_no_whole_answer_is_right_the_head_with_most_right_fields_is_the_best(folder, backbone, monkeypatch):
     config = tiny_run(folder)
     trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
-    trainer.valid.num_fields, saved = 2, []
+    twice = (Field("first", CHOICES), Field("second", CHOICES))
+    trainer.valid.examples = [
+        dataclasses.replace(example, fields=twice, answers=example.answers * 2) for example in trainer.valid.examples
+    ]
+    saved: list[str] = []
     shape = (config.reasoner.max_steps, len(trainer.valid))
     no, shares = torch.zeros(shape, dtype=torch.bool), iter((0.25, 0.75, 0.5))
 
@@ -538,6 +542,21 @@ def test_a_step_is_asked_for_what_is_due(model, backbone, tmp_path):
     asked = embedded.due_labels([0, 1, 0, 0], [1, 1, 2, 3], labels)
     assert asked.tolist() == [[IGNORED, 2], [0, 1], [0, 2], [0, 1]]
     assert labels.tolist() == [[0, 1]] * 4
+
+
+def test_answers_that_no_step_would_be_asked_for_are_refused(folder, backbone):
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    rows = [row | {"answer": {"answer": row["answer"]}, "due": {"answer": 3}} for row in rows]
+    (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    short = [RecursionStage(max_steps=3), RecursionStage(start=1, max_steps=2)]
+    with pytest.raises(
+        ValueError, match=r"due from step 3 on, and training ends with 2 steps at most: raise reasoner"
+    ):
+        train(tiny_run(folder, num_updates=2, recursion_schedule=short), backbone=backbone)
+    config = tiny_run(folder, num_updates=3)  # three steps
+    assert train(config, backbone=backbone)
+    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    assert "valid_fields" not in lines[-1]
 
 
 def test_places_that_all_examples_share():
