@@ -219,7 +219,9 @@ def joined(
     those have an answer for whom they do.
     """
     rows: list[Row] = []
-    while len(rows) < number:
+    for _ in range(100 * number):  # and no more, should hardly any pair compose
+        if len(rows) == number:
+            break
         near, far = generator.sample(stories, 2)
         (middle, *_), (asked, *between) = near["fields"], far["fields"]
         ((_, first),), ((_, origin),) = PAIR.findall(near["question"]), PAIR.findall(far["question"])
