@@ -301,7 +301,6 @@ class Trainer:
         native = native_dtype(accelerator.device)
         dtype = {"auto": native, "bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.precision]
         self.train, self.valid = train, valid
-        self._check_due()
         self.model = model.to(accelerator.device)
         if accelerator.num_processes > 1:  # machines may differ in the last bit of what they embed or draw
             for tensor in (*model.parameters(), *model.buffers()):
@@ -331,17 +330,6 @@ class Trainer:
         self.best_score, self.best_accuracy = (-1.0, 0.0), 0.0  # answers, in words too; of equals, right fields decide
         self.window: dict[str, float] = {}
         self.stop_requested, self.finished = False, False
-
-    def _check_due(self) -> None:
-        """Refuse answers that no step of the training would be asked for."""
-        latest = max((max(example.due) for example in self.train.examples if example.due), default=1)
-        stages = [stage.max_steps for stage in self.settings.recursion_schedule[-1:]]
-        max_steps = next((number for number in stages if number is not None), self.config.reasoner.max_steps)
-        if latest > max_steps:
-            raise ValueError(
-                f"an answer is due from step {latest} on, and training ends with {max_steps} steps at most: raise "
-                "reasoner.max_steps (or that of the last training.recursion_schedule), or leave out the column `due`"
-            )
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -741,6 +729,7 @@ def prepare(
     if config.text.enabled:
         for example in (*examples["train"], *examples["valid"]):
             answer_text(config.text, example)
+    check_due(config, examples["train"])
     backbone = backbone or load_backbone(config.backbone, accelerator.device)
     common = common_fields(examples["train"])
     is_single = common is not None and list(common) == ["answer"]
@@ -767,6 +756,22 @@ def prepare(
     if config.training.start_from is None:
         model.adapter.fit_statistics(_sample_states(model, embedded["train"], config.training.seed))
     return model, embedded["train"], embedded["valid"]
+
+
+def check_due(config: RunConfig, examples: Sequence[Example]) -> None:
+    """Refuse answers that no step of the training would be asked for.
+
+    Raises:
+        ValueError: One is due later than the last step.
+    """
+    latest = max((max(example.due) for example in examples if example.due), default=1)
+    stages = [stage.max_steps for stage in config.training.recursion_schedule[-1:]]
+    max_steps = next((number for number in stages if number is not None), config.reasoner.max_steps)
+    if latest > max_steps:
+        raise ValueError(
+            f"an answer is due from step {latest} on, and training ends with {max_steps} steps at most: raise "
+            "reasoner.max_steps (or that of the last training.recursion_schedule), or leave out the column `due`"
+        )
 
 
 def load_weights(model: HybridModel, folder: Path) -> None:
