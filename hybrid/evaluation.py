@@ -268,6 +268,12 @@ COSTS = {
 }
 
 
+def accuracy_cell(row: dict[str, Any]) -> str:
+    """Accuracy and interval of an `accuracy_row`, as tables show them."""
+    low, high = row["interval"]
+    return f"{row['accuracy']:.3f} ({low:.3f}–{high:.3f})"
+
+
 def accuracy_lines(results: dict[str, Any], *others: dict[str, Any]) -> str:
     """Result files as a Markdown table: head, baselines and others, a row per depth, then what each costs.
 
@@ -282,8 +288,7 @@ def accuracy_lines(results: dict[str, Any], *others: dict[str, Any]) -> str:
             other = system["accuracy_by_depth"][number]
             if (other["depth"], other["n"]) != (row["depth"], row["n"]):
                 raise ValueError(f"{system['name']} was evaluated on other questions than the head")
-            low, high = other["interval"]
-            cells.append(f"{other['accuracy']:.3f} ({low:.3f}–{high:.3f})")
+            cells.append(accuracy_cell(other))
         lines.append(f"| {row['depth']} | {row['n']} | " + " | ".join(cells) + " |")
     if results.get("num_fields", 1) > 1:
         cells = [f"{system['field_accuracy']:.3f}" if "field_accuracy" in system else "–" for system in systems]

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prontoqa_shortcut import SENTENCE, facts, singular
+from prontoqa_shortcut import SENTENCE, belongs_to, facts, singular
 
 from hybrid.backbone import one_text
 from hybrid.evaluation import provenance, write_results
@@ -281,10 +281,9 @@ def prontoqa(rows: Sequence[Row]) -> tuple[list[Row], int]:
         if row["split"] not in ("train", "train_nodistractor", "valid", "test"):
             continue
         ((subject, _, asked),) = facts(row["question"].removeprefix("True or false: "))
-        known, is_a = facts(row["context"]), {subject}
+        known = facts(row["context"])
         concepts = {lower for lower, *_ in known} - {subject}
-        while new := {upper for lower, no, upper in known if lower in is_a and not no and upper in concepts} - is_a:
-            is_a |= new
+        is_a = belongs_to(subject, known, concepts)
         text = one_text(row["context"], row["question"])
         places = {"answer": text.rindex(asked)}
         sentences = [*SENTENCE.finditer(row["context"])]

@@ -97,15 +97,22 @@ def harder(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
 def with_facts(row: dict[str, Any], properties: bool) -> dict[str, Any]:
     """The row with a field for each concept, whether the subject is one, and for each property that follows."""
     ((subject, _, _),) = facts(row["question"].removeprefix("True or false: "))
-    known, is_a = facts(row["context"]), {subject}
+    known = facts(row["context"])
     concepts = CONCEPTS & {word for lower, _, upper in known for word in (lower, upper)}
-    while new := {upper for lower, no, upper in known if lower in is_a and not no and upper in concepts} - is_a:
-        is_a |= new
+    is_a = belongs_to(subject, known, concepts)
     answers = {"answer": row["answer"], **{concept: str(concept in is_a) for concept in sorted(concepts)}}
     if properties:
         answers |= {word: str(not no) for lower, no, word in known if lower in is_a and word not in concepts}
     kept = {name: value for name, value in row.items() if name != "steps"}
     return kept | {"fields": list(answers), "answer": answers}
+
+
+def belongs_to(subject: str, known: Sequence[tuple[str, bool, str]], concepts: set[str]) -> set[str]:
+    """The subject and the concepts that it belongs to, over as many sentences as it takes."""
+    is_a = {subject}
+    while new := {upper for lower, no, upper in known if lower in is_a and not no and upper in concepts} - is_a:
+        is_a |= new
+    return is_a
 
 
 def mixed(rows: Sequence[dict[str, Any]], deepest: int, num_easy: int) -> list[dict[str, Any]]:

@@ -13,12 +13,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from written import table as written_table
 
 from hybrid.bench import markdown_table
-from hybrid.evaluation import COSTS, accuracy_lines, harness_lines
+from hybrid.evaluation import COSTS, accuracy_cell, accuracy_lines, harness_lines
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (table|file|summary): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -69,19 +68,14 @@ def summary(sets: Sequence[str]) -> str:
                 shown,
                 system["name"],
                 str(every["n"]),
-                _accuracy(every),
-                f"{deepest['depth']}: {_accuracy(deepest)}",
+                accuracy_cell(every),
+                f"{deepest['depth']}: {accuracy_cell(deepest)}",
             ]
             lines.append(f"| {' | '.join([*cells, *costs])} |")
         for peer in published.get(name, []):
             who = f"[{peer['name']}]({peer['source']})"
             lines.append(f"| | {who} | – | – | {peer['questions']}: {peer['accuracy']} | – | – | – |")
     return "\n".join(lines)
-
-
-def _accuracy(row: dict[str, Any]) -> str:
-    low, high = row["interval"]
-    return f"{row['accuracy']:.3f} ({low:.3f}–{high:.3f})"
 
 
 if __name__ == "__main__":
