@@ -391,13 +391,13 @@ def _generate(config: DataConfig, role: str) -> list[dict[str, Any]]:
 def sudoku_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Write a puzzle (lists of lines, 0 where a cell is empty; `num_empty`) in the canonical columns.
 
-    9×9 grids have one digit a cell and no spaces (`530070000`), and each cell is a field that stands at its digit.
+    9×9 grids have one digit a cell and no spaces (`530070000`). Each cell is a field that stands at its digit.
     """
     space, empty = (" ", "_") if len(row["puzzle"]) < 9 else ("", "0")
     puzzle = "\n".join(space.join(str(digit or empty) for digit in line) for line in row["puzzle"])
     cells = {f"r{r}c{c}": str(x) for r, line in enumerate(row["solution"], 1) for c, x in enumerate(line, 1)}
     options = [str(x + 1) for x in range(len(row["puzzle"]))]
-    characters = (None if space else n for n, letter in enumerate(puzzle) if letter not in " \n")
+    characters = (n for n, letter in enumerate(puzzle) if letter not in " \n")
     fields = [{"name": cell, "options": options, "at": at} for cell, at in zip(cells, characters, strict=True)]
     question = "Which digit belongs in each cell of this Sudoku?"
     return {"context": puzzle, "question": question, "fields": fields, "answer": cells, "depth": row["num_empty"]}

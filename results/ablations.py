@@ -1,14 +1,18 @@
-"""What each part of a head is worth: a small head on StepGame, one change at a time, three seeds.
+"""What each part of a head is worth: a small head (2.1M), one change at a time, three seeds.
 
-    python results/ablations.py --data.path ../shared/data/stepgame_clean.jsonl      # goes on where it was stopped
-    python results/ablations.py --table
+    python results/ablations.py mini_sudoku                                        # about 3 hours on one core
+    python results/ablations.py stepgame --data.path ../shared/data/stepgame_clean.jsonl
+    python results/ablations.py mini_sudoku --seeds 0,2                            # part of it
+    python results/ablations.py mini_sudoku --table
 
-Runs go to `results/ablations/results.json` as they finish. Each takes about 8 minutes on one core, after the texts are
-embedded once (20 minutes on two).
+Each run adds a line to `results/ablations/SET.jsonl` as it ends, and what is there is not run again: a stopped script
+goes on, and two with different seeds share the work. What is asked are a run's last weights, which validation did not
+choose.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -18,85 +22,158 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrid.baselines import deep, one_pass, without_backbone
 from hybrid.cli import run_config
-from hybrid.evaluation import provenance, write_results
+from hybrid.evaluation import evaluate_head, provenance
 
-PATH = Path(__file__).parent / "ablations" / "results.json"
-BASE = ["configs/stepgame_smollm2.yaml", "--training.num_updates", "1200", "--training.learning_rate", "7e-4",
-        "--training.decay", "constant", "--training.recursion_schedule", "[]", "--training.curriculum", "0.85",
-        "--training.ema_decay", "0.99", "--training.eval_every", "1200", "--training.save_every", "1200",
-        "--reasoner.dim", "256", "--reasoner.num_heads", "4", "--reasoner.intermediate_size", "640",
-        "--reasoner.num_latent_passes", "1", "--reasoner.num_cycles", "1", "--reasoner.max_steps", "2"]  # fmt: skip
-VARIANTS: dict[str, list[str]] = {
-    "base: n = 1, T = 1, 2 steps": [],
-    "one pass, 1 step": ["--reasoner.num_latent_passes", "0", "--reasoner.max_steps", "1"],
-    "four untied layers, 1 step": [
-        "--reasoner.num_latent_passes", "0", "--reasoner.num_layers", "4", "--reasoner.max_steps", "1"
-    ],
-    "1 step (no deep supervision)": ["--reasoner.max_steps", "1"],
-    "4 steps": ["--reasoner.max_steps", "4"],
-    "n = 3": ["--reasoner.num_latent_passes", "3"],
-    "T = 2, gradient through the last cycle": ["--reasoner.num_cycles", "2"],
-    "T = 2, full gradient": ["--reasoner.num_cycles", "2", "--reasoner.num_gradient_cycles", "2"],
-    "a network each for z and y": ["--reasoner.tie_levels", "false"],
-    "memory read only": ["--reasoner.refine_memory", "false", "--reasoner.num_tape_slots", "8"],
-    "no rotary positions": ["--reasoner.rotary", "false"],
-    "no tape slots": ["--reasoner.num_tape_slots", "0"],
-    "16 tape slots": ["--reasoner.num_tape_slots", "16"],
-    "AdamW": ["--training.optimizer", "adamw"],
-    "all depths from the start": ["--training.curriculum", "null"],
-    "no language model (layer 0, plain)": ["--backbone.layers", "[0]", "--backbone.template", "plain"],
+FOLDER = Path(__file__).parent / "ablations"
+SMALL = ["--backbone.template", "plain", "--backbone.layers", "[0, 12]", "--reasoner.dim", "256",
+         "--reasoner.num_heads", "4", "--reasoner.intermediate_size", "640", "--reasoner.halting", "never",
+         "--training.learning_rate", "1e-3", "--training.ema_decay", "0.99"]  # fmt: skip
+BASES = {
+    "mini_sudoku": ["--data.places", "true", "--data.max_eval_examples", "500", "--reasoner.refine_memory", "false",
+                    "--training.num_updates", "400"],
+    "stepgame": ["--training.num_updates", "600", "--training.recursion_schedule", "[]",
+                 "--data.train_depths", "[1, 2]",
+                 "--training.curriculum", "null", "--data.valid_split", "valid[:500]"],
 }  # fmt: skip
-SEEDS = (0, 1, 2)
+BASELINES = {"one_pass": one_pass, "deep": deep, "tokens": without_backbone}
+BOTH: dict[str, list[str]] = {
+    "base: n = 1, T = 1, 4 steps": [],
+    "one pass, 2 layers": ["one_pass"],
+    "one pass, 16 untied layers": ["deep"],
+    "1 step": ["--reasoner.max_steps", "1"],
+    "1 step of 4 cycles, gradient through all (no deep supervision)": [
+        "--reasoner.max_steps", "1", "--reasoner.num_cycles", "4", "--reasoner.num_gradient_cycles", "4"
+    ],
+    "1 step of 4 cycles, gradient through the last": ["--reasoner.max_steps", "1", "--reasoner.num_cycles", "4"],
+    "2 cycles a step, gradient through the last": ["--reasoner.num_cycles", "2"],
+    "2 cycles a step, gradient through both": ["--reasoner.num_cycles", "2", "--reasoner.num_gradient_cycles", "2"],
+    "n = 3": ["--reasoner.num_latent_passes", "3"],
+    "a network each for z and y": ["--reasoner.tie_levels", "false"],
+    "halting learned": ["--reasoner.halting", "learned"],
+    "no tape slots": ["--reasoner.num_tape_slots", "0"],
+    "no rotary positions": ["--reasoner.rotary", "false"],
+    "AdamW": ["--training.optimizer", "adamw"],
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, list[str]]] = {
+    "mini_sudoku": {
+        **BOTH,
+        "fields look for their cells": ["--data.places", "false"],
+        "every token a slot": ["--reasoner.refine_memory", "true"],
+        "no language model": ["--backbone.layers", "[0]"],
+    },
+    "stepgame": {
+        **BOTH,
+        "memory read only": ["--reasoner.refine_memory", "false"],
+        "echo template": ["--backbone.template", "echo"],
+        "no language model": ["tokens"],
+    },
+}
+STEPS = 1, 2, 4, 8, 16
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95% quantiles of Student's t, by number of seeds
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run what is missing, seed by seed, so that an early stop leaves whole comparisons."""
-    results: dict[str, Any] = json.loads(PATH.read_text()) if PATH.exists() else {"runs": []}
-    if list(arguments) == ["--table"]:
-        print(table(results["runs"]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=sorted(VARIANTS))
+    parser.add_argument("--seeds", default="0,1,2", help="numbers, separated by commas")
+    parser.add_argument("--only", help="variants whose names hold this text")
+    parser.add_argument("--table", action="store_true", help="print the table of what was run")
+    parsed, flags = parser.parse_known_args(arguments)
+    path = FOLDER / f"{parsed.set}.jsonl"
+    if parsed.table:
+        print(table(read(path), VARIANTS[parsed.set]))
         return
-    from hybrid.training import train
-
-    PATH.parent.mkdir(exist_ok=True)
-    for seed in SEEDS:
-        for name, changes in VARIANTS.items():
-            if any((run["variant"], run["seed"]) == (name, seed) for run in results["runs"]):
+    path.parent.mkdir(exist_ok=True)
+    for seed in map(int, parsed.seeds.split(",")):
+        for name, changes in VARIANTS[parsed.set].items():
+            is_there = any((run["variant"], run["seed"]) == (name, seed) for run in read(path))
+            if is_there or (parsed.only or "") not in name:
                 continue
-            with tempfile.TemporaryDirectory() as folder:
-                flags = [*BASE, *changes, "--training.seed", str(seed), "--training.output_folder", folder, *arguments]
-                train(run_config(flags, "train")[0])
-                lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-            valid = next(line["valid_by_depth"] for line in reversed(lines) if "valid_by_depth" in line)
-            trained = [line for line in lines if "seconds" in line]
             run = {
-                "variant": name, "seed": seed, "changes": changes, "valid_by_depth": valid,
-                "deepest": trained[-1]["deepest"], "train_seconds": trained[-1]["seconds"],
+                "variant": name, "seed": seed, "changes": changes, **trained(parsed.set, changes, seed, flags),
                 **provenance(f"python results/ablations.py {' '.join(arguments)}", seed),
             }  # fmt: skip
-            results["runs"].append(run)
-            write_results(PATH, results)
-            print(name, seed, valid, flush=True)
+            with path.open("a") as file:
+                file.write(json.dumps(run) + "\n")
+            print(name, seed, f"{run['train_seconds']:.0f} s", run["accuracy_by_steps"], flush=True)
 
 
-def table(runs: Sequence[dict[str, Any]]) -> str:
-    """Markdown table: mean validation accuracy over seeds with its 95% interval, by groups of depths."""
-    groups = {"2": ["2"], "3": ["3"], "4–5": ["4", "5"], "6–10": ["6", "7", "8", "9", "10"], "all": ["all"]}
-    lines = ["| variant | seeds | " + " | ".join(f"hops {name}" for name in groups) + " | seconds |"]
-    lines += ["|---|---|" + "---|" * (len(groups) + 1)]
-    for name in VARIANTS:
+def trained(task: str, changes: Sequence[str], seed: int, flags: Sequence[str]) -> dict[str, Any]:
+    """Train one variant, and ask its last weights the validation questions, after several numbers of steps."""
+    from hybrid.batches import embed_examples
+    from hybrid.data import load_examples
+    from hybrid.model import HybridModel
+    from hybrid.training import train
+
+    baseline = BASELINES.get(changes[0]) if changes else None
+    own = [] if baseline else changes
+    with tempfile.TemporaryDirectory() as folder:
+        config = run_config(
+            [f"configs/{task}_smollm2.yaml", *SMALL, *BASES[task], *own, "--training.seed", str(seed),
+             "--training.output_folder", folder, *flags], "train")[0]  # fmt: skip
+        config = baseline(config) if baseline else config
+        config.training.eval_every = config.training.save_every = config.training.num_updates
+        best = train(config)
+        assert best is not None, "interrupted"
+        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        model, rows = HybridModel.from_pretrained(best), load_examples(config.data, "valid")
+    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    questions = embed_examples(config.features, model.backbone, {"valid": rows}, progress=False)["valid"]
+    figures = evaluate_head(model, questions, STEPS if config.reasoner.num_latent_passes else [1], progress=False)
+    return {
+        "train_seconds": seconds[-1],
+        "num_updates": config.training.num_updates,
+        "num_parameters": figures["num_parameters"],
+        "milliseconds_per_question": figures["milliseconds_per_question"],
+        "field_accuracy": figures["field_accuracy"],
+        "accuracy_by_steps": {
+            row["steps"]: {str(depth["depth"]): round(depth["accuracy"], 4) for depth in row["by_depth"]}
+            for row in figures["accuracy_by_steps"]
+        },
+    }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(runs: Sequence[dict[str, Any]], variants: Sequence[str] | dict[str, Any]) -> str:
+    """Markdown table: mean validation accuracy over seeds with its 95% interval, by steps and at the deepest."""
+    lines = [
+        "| variant | seeds | 1 step | 4 steps | 16 steps | deepest, 4 steps | parameters | training, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in variants:
         chosen = [run for run in runs if run["variant"] == name]
         if not chosen:
             continue
-        cells = []
-        for depths in groups.values():
-            values = [statistics.mean(run["valid_by_depth"][depth] for depth in depths) for run in chosen]
-            spread = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-            cells.append(f"{statistics.mean(values):.3f}" + (f" ± {spread:.3f}" if spread is not None else ""))
-        seconds = statistics.mean(run["train_seconds"] for run in chosen)
-        lines.append(f"| {name} | {len(chosen)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+        *_, deepest, _ = chosen[0]["accuracy_by_steps"]["1"]
+        cells = [
+            mean_cell([run["accuracy_by_steps"].get(steps, {}).get("all") for run in chosen])
+            for steps in ("1", "4", "16")
+        ]
+        last = "4" if "4" in chosen[0]["accuracy_by_steps"] else "1"
+        cells.append(f"{deepest}: " + mean_cell([run["accuracy_by_steps"][last][deepest] for run in chosen]))
+        cells += [
+            f"{chosen[0]['num_parameters']:,}",
+            f"{statistics.mean(run['train_seconds'] for run in chosen):,.0f}",
+        ]
+        lines.append(f"| {name} | {len(chosen)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def mean_cell(values: Sequence[float]) -> str:
+    """Mean over seeds and its 95% interval; a dash for what was not asked."""
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    spread = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.3f} ± {spread:.3f}"
 
 
 if __name__ == "__main__":

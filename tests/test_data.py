@@ -313,6 +313,7 @@ def test_sudoku_is_a_grid_of_fields():
         assert [field.name for field in example.fields[:5]] == ["r1c1", "r1c2", "r1c3", "r1c4", "r2c1"]
         assert all(field.options == ("1", "2", "3", "4") for field in example.fields)
         given = example.context.split()
+        assert [example.context[field.at] for field in example.fields] == given
         assert given.count("_") == example.depth <= 9
         assert all(cell in ("_", answer) for cell, answer in zip(given, example.answers, strict=True))
         lines = [example.answers[row : row + 4] for row in (0, 4, 8, 12)]
