@@ -22,8 +22,8 @@ from hybrid.backbone import Backbone, load_backbone
 from hybrid.baselines import answer_prompt, zero_shot
 from hybrid.config import BackboneConfig, RunConfig, TextConfig, to_plain
 from hybrid.data import Example, load_examples
-from hybrid.evaluation import train_seconds
-from hybrid.generation import answer_token_ids
+from hybrid.evaluation import by_depth, train_seconds
+from hybrid.generation import answer_text, answer_token_ids, continuations, is_answer
 from hybrid.losses import IGNORED
 
 RANK = 16
@@ -94,10 +94,24 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
 
 
 def evaluate_lora(folder: Path, config: RunConfig, examples: Sequence[Example]) -> dict[str, Any]:
-    """Accuracy by depth of an adapter that `train_lora` made, scored as `zero_shot` scores the frozen model."""
+    """Accuracy by depth of an adapter that `train_lora` made.
+
+    It is scored as `zero_shot` scores the frozen model; trained in words (`text.enabled`), it writes greedily, and the
+    text up to the first line break must be the answer.
+    """
     tuned, num_parameters = load_lora(folder, config.backbone)
-    figures = zero_shot(tuned, examples)
-    return {**figures, "name": "LoRA", "num_parameters": num_parameters, "train_seconds": train_seconds(folder)}
+    figures = _written(tuned, config.text, examples) if config.text.enabled else zero_shot(tuned, examples)
+    name = "LoRA, in words" if config.text.enabled else "LoRA"
+    return {**figures, "name": name, "num_parameters": num_parameters, "train_seconds": train_seconds(folder)}
+
+
+def _written(tuned: Backbone, text: TextConfig, examples: Sequence[Example]) -> dict[str, Any]:
+    """Accuracy by depth of answers in words."""
+    prompts = tuned.text_prompts([(e.context, e.question) for e in examples], text.suffix, text.chat)
+    length = max(map(len, answer_token_ids(tuned.tokenizer, text, examples)))
+    found = continuations(tuned, [prompt.token_ids for prompt in prompts], length)
+    right = [is_answer(words, answer_text(text, example)) for words, example in zip(found, examples, strict=True)]
+    return {"accuracy_by_depth": by_depth(torch.tensor(right), examples)}
 
 
 def check_lora_folder(folder: Path) -> None:

@@ -24,9 +24,10 @@ from typing import Any
 
 from hybrid.baselines import deep, one_pass, without_backbone
 from hybrid.cli import run_config
+from hybrid.config import RunConfig
 from hybrid.evaluation import evaluate_head, provenance
 
-FOLDER = Path(__file__).parent / "ablations"
+FOLDER, CONFIGS = Path(__file__).parent / "ablations", Path(__file__).parent.parent / "configs"
 SMALL = ["--backbone.template", "plain", "--backbone.layers", "[0, 12]", "--reasoner.dim", "256",
          "--reasoner.num_heads", "4", "--reasoner.intermediate_size", "640", "--reasoner.halting", "never",
          "--training.learning_rate", "1e-3", "--training.ema_decay", "0.99"]  # fmt: skip
@@ -108,14 +109,9 @@ def trained(task: str, changes: Sequence[str], seed: int, flags: Sequence[str]) 
     from hybrid.model import HybridModel
     from hybrid.training import train
 
-    baseline = BASELINES.get(changes[0]) if changes else None
-    own = [] if baseline else changes
     with tempfile.TemporaryDirectory() as folder:
-        config = run_config(
-            [f"configs/{task}_smollm2.yaml", *SMALL, *BASES[task], *own, "--training.seed", str(seed),
-             "--training.output_folder", folder, *flags], "train")[0]  # fmt: skip
-        config = baseline(config) if baseline else config
-        config.training.eval_every = config.training.save_every = config.training.num_updates
+        config = run_of(task, seed, flags, changes)
+        config.training.output_folder = folder
         best = train(config)
         assert best is not None, "interrupted"
         lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
@@ -136,6 +132,15 @@ def trained(task: str, changes: Sequence[str], seed: int, flags: Sequence[str]) 
     }
 
 
+def run_of(task: str, seed: int, flags: Sequence[str], changes: Sequence[str]) -> RunConfig:
+    """The run of one variant."""
+    baseline = BASELINES.get(changes[0]) if changes else None
+    own = ["--training.seed", str(seed), *flags, *([] if baseline else changes)]
+    config = run_config([str(CONFIGS / f"{task}_smollm2.yaml"), *SMALL, *BASES[task], *own], "train")[0]
+    config.training.eval_every = config.training.save_every = config.training.num_updates
+    return baseline(config) if baseline else config
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs so far."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -151,17 +156,13 @@ def table(runs: Sequence[dict[str, Any]], variants: Sequence[str] | dict[str, An
         chosen = [run for run in runs if run["variant"] == name]
         if not chosen:
             continue
-        *_, deepest, _ = chosen[0]["accuracy_by_steps"]["1"]
-        cells = [
-            mean_cell([run["accuracy_by_steps"].get(steps, {}).get("all") for run in chosen])
-            for steps in ("1", "4", "16")
-        ]
-        last = "4" if "4" in chosen[0]["accuracy_by_steps"] else "1"
-        cells.append(f"{deepest}: " + mean_cell([run["accuracy_by_steps"][last][deepest] for run in chosen]))
-        cells += [
-            f"{chosen[0]['num_parameters']:,}",
-            f"{statistics.mean(run['train_seconds'] for run in chosen):,.0f}",
-        ]
+        by_steps = [run["accuracy_by_steps"] for run in chosen]
+        *_, deepest, _ = by_steps[0]["1"]
+        last = "4" if "4" in by_steps[0] else "1"
+        cells = [mean_cell([run[steps]["all"] for run in by_steps if steps in run]) for steps in ("1", "4", "16")]
+        cells.append(f"{deepest}: {mean_cell([run[last][deepest] for run in by_steps])}")
+        seconds = statistics.mean(run["train_seconds"] for run in chosen)
+        cells += [f"{chosen[0]['num_parameters']:,}", f"{seconds:,.0f}"]
         lines.append(f"| {name} | {len(chosen)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -21,16 +21,22 @@ from typing import Any
 
 import torch
 
-from hybrid.backbone import Backbone, length_batches
+from hybrid.backbone import Backbone
 from hybrid.cli import config_of_head
 from hybrid.data import Example, load_examples
 from hybrid.evaluation import accuracy_lines, by_depth, provenance, write_results
-from hybrid.generation import answer_text, answer_token_ids, generate_texts, text_log_likelihoods, text_prompts
+from hybrid.generation import (
+    answer_text,
+    answer_token_ids,
+    continuations,
+    generate_texts,
+    is_answer,
+    text_log_likelihoods,
+    text_prompts,
+)
 from hybrid.lora import load_lora
 from hybrid.model import HybridModel
-from hybrid.soft_prompt import pad_left
 
-TOKEN_BUDGET = 8192
 PASSAGE = 400  # characters of a passage: half is read, half is predicted
 NUM_PASSAGES = 300
 
@@ -88,25 +94,6 @@ def written(model: HybridModel, examples: Sequence[Example], tuned: Backbone | N
     yield "steered LLM", steered
     if tuned is not None:
         yield "LoRA", continuations(tuned, prompts, length)
-
-
-@torch.inference_mode()
-def continuations(backbone: Backbone, prompts: Sequence[list[int]], length: int) -> list[str]:
-    """Greedy text after each prompt."""
-    texts: dict[int, str] = {}
-    for rows in length_batches([len(prompt) for prompt in prompts], TOKEN_BUDGET):
-        ids, mask = pad_left([prompts[row] for row in rows], backbone.device)
-        model: Any = backbone.model
-        output = model.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=length, do_sample=False)
-        found = backbone.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        texts |= dict(zip(rows, found, strict=True))
-    return [texts[row] for row in range(len(prompts))]
-
-
-def is_answer(text: str, answer: str) -> bool:
-    """Whether a text is the answer, up to the line break that an answer of one line ends with."""
-    lines = text.strip().split("\n")[: answer.count("\n") + 1]
-    return "\n".join(line.strip() for line in lines).rstrip(".") == answer.rstrip(".")
 
 
 def unrelated(model: HybridModel, tuned: Backbone | None) -> dict[str, Any]:

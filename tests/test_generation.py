@@ -40,6 +40,7 @@ from hybrid.generation import (
     answer_text_loss,
     continuation_losses,
     generate_texts,
+    is_answer,
     read_texts,
     soft_tokens,
     text_log_likelihoods,
@@ -504,3 +505,8 @@ def test_answer_in_words():
     for template in ("{R}", "{P", "{}", "{P.x}"):
         with pytest.raises(ValueError, match=r"cannot be filled .*: the answers are of \['P', 'Q'\]"):
             answer_text(TextConfig(answer=template), two)
+
+
+def test_an_answer_is_right_word_for_word_up_to_its_last_line():
+    assert is_answer(" left.\nWhat", "left") and is_answer("1 2 \n3 4\n\n", "1 2\n3 4")
+    assert not is_answer("lefty", "left") and not is_answer("1 2", "1 2\n3 4")

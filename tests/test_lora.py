@@ -60,6 +60,17 @@ def test_lora_in_words_has_the_rows_of_a_text_decoder(config):
         assert len(row["attention_mask"]) == len(row["input_ids"]) == len(row["labels"])
 
 
+def test_lora_in_words_is_judged_by_what_it_writes(config):
+    config.training.num_updates, config.training.learning_rate = 120, 1e-2
+    config.text = TextConfig(enabled=True)
+    valid = load_examples(config.data, "valid")
+    folder = train_lora(config)
+    result = evaluate_lora(folder, config, valid)
+    assert result["name"] == "LoRA, in words" and result["accuracy_by_depth"][-1]["accuracy"] > 0.8
+    wrong = [replace(e, answers=("below" if e.answers[0] == "above" else "above",)) for e in valid]
+    assert evaluate_lora(folder, config, wrong)["accuracy_by_depth"][-1]["accuracy"] < 0.2
+
+
 def test_lora_goes_on_from_its_checkpoint(config, tmp_path, monkeypatch):
     whole = load_file(train_lora(config) / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="holds a run already: go on with --resume"):

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from hybrid.model import HybridModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 
+import ablations
 import chains
 import prontoqa_shortcut
 import trm
@@ -174,11 +176,6 @@ def test_an_untrained_text_decoder_writes_and_expects_what_the_model_does(backbo
     assert results["unrelated"]["n"] == 3 and results["unrelated"]["change"] == 0.0
 
 
-def test_an_answer_is_right_word_for_word_up_to_its_last_line():
-    assert written.is_answer(" left.\nWhat", "left") and written.is_answer("1 2 \n3 4\n\n", "1 2\n3 4")
-    assert not written.is_answer("lefty", "left") and not written.is_answer("1 2", "1 2\n3 4")
-
-
 class Reference(nn.Module):
     """Calls as the reference code's loss head has them: each cell becomes what is most often there."""
 
@@ -218,3 +215,32 @@ def test_reference_code_on_our_grids_goes_on_after_a_stop(tmp_path, monkeypatch)
     results = json.loads((tmp_path / "trm.json").read_text())
     assert results["num_updates"] > 25 and results["sizes"] == {"digits": 4}
     assert 0.25 < results["field_accuracy"] < 1.0  # given cells are copied, others guessed
+
+
+@pytest.mark.parametrize("task", sorted(ablations.VARIANTS))
+def test_each_ablation_changes_something(task):
+    config = partial(ablations.run_of, task, 0, [])
+    runs = {name: to_plain(config(changes)) for name, changes in ablations.VARIANTS[task].items()}
+    assert len({json.dumps(run, sort_keys=True) for run in runs.values()}) == len(runs)
+    assert runs["one pass, 16 untied layers"]["reasoner"]["num_layers"] == 16
+
+
+def test_ablations_are_run_once_and_tabled(tmp_path, monkeypatch, capsys):
+    accuracy = iter((0.5, 0.7, 0.1))
+    monkeypatch.setattr(ablations, "FOLDER", tmp_path / "ablations")
+    monkeypatch.setattr(ablations, "VARIANTS", {"mini_sudoku": {"base": [], "one pass, 2 layers": ["one_pass"]}})
+
+    def trained(task, changes, seed, flags):
+        by_depth = {"11": 1.0, "12": next(accuracy), "all": 0.9}
+        steps = ["1"] if changes else ["1", "4", "16"]
+        return {"train_seconds": 60.4, "num_parameters": 2100, "accuracy_by_steps": dict.fromkeys(steps, by_depth)}
+
+    monkeypatch.setattr(ablations, "trained", trained)
+    ablations.main(["mini_sudoku", "--seeds", "0,1", "--only", "base"])
+    ablations.main(["mini_sudoku", "--seeds", "0"])  # the base is there
+    ablations.main(["mini_sudoku", "--table"])
+    *_, base, one_pass = capsys.readouterr().out.strip().splitlines()
+    assert base.startswith(
+        "| base | 2 | 0.900 ± 0.000 | 0.900 ± 0.000 | 0.900 ± 0.000 | 12: 0.600 ± 1.271 | 2,100 | 60 |"
+    )
+    assert one_pass == "| one pass, 2 layers | 1 | 0.900 | – | – | 12: 0.100 | 2,100 | 60 |"
