@@ -59,7 +59,10 @@ def summary(sets: Sequence[str]) -> str:
         folder = ROOT / "results" / name
         results = json.loads((folder / "results.json").read_text())
         systems = [{"name": "**head**", **results}, *results.get("baselines", [])]
-        systems += [json.loads((folder / other).read_text()) for other in others]
+        for other in others:
+            found = json.loads((folder / other).read_text())
+            in_words = [{**system, "name": f"{system['name']}, in words"} for system in found.get("exact_match", [])]
+            systems += in_words or [found]
         for number, system in enumerate(systems):
             *_, deepest, every = system["accuracy_by_depth"]
             costs = [form.format(system[key]) if system.get(key) is not None else "–" for key, form in COSTS.values()]

@@ -24,7 +24,7 @@ import torch
 from hybrid.backbone import Backbone
 from hybrid.cli import config_of_head
 from hybrid.data import Example, load_examples
-from hybrid.evaluation import accuracy_lines, by_depth, provenance, write_results
+from hybrid.evaluation import accuracy_lines, by_depth, provenance, train_seconds, write_results
 from hybrid.generation import (
     answer_text,
     answer_token_ids,
@@ -59,7 +59,10 @@ def main(arguments: Sequence[str]) -> None:
         "exact_match": [],
         **provenance(shlex.join(["python", "results/written.py", *arguments]), config.training.seed),
     }
-    tuned = load_lora(parsed.lora, model.config.backbone)[0] if parsed.lora else None
+    tuned, costs = None, {}
+    if parsed.lora:
+        tuned, num_parameters = load_lora(parsed.lora, model.config.backbone)
+        costs["LoRA"] = {"num_parameters": num_parameters, "train_seconds": train_seconds(parsed.lora)}
     results["unrelated"] = unrelated(model, tuned)
     write_results(parsed.output, results)
     for name, texts in written(model, examples, tuned):
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
             {"answer": answer_text(model.config.text, e), "text": t} for t, e in zip(texts[:8], examples, strict=False)
         ]
         results["exact_match"].append(
-            {"name": name, "accuracy_by_depth": by_depth(right, examples), "examples": shown}
+            {"name": name, **costs.get(name, {}), "accuracy_by_depth": by_depth(right, examples), "examples": shown}
         )
         write_results(parsed.output, results)
     print(table(results))
