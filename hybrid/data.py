@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -367,25 +368,31 @@ def _to_depth(value: Any) -> int | None:
 
 
 def _generate(config: DataConfig, role: str) -> list[dict[str, Any]]:
+    size = (config.max_train_examples or 10_000) if role == "train" else (config.max_eval_examples or 500)
+    seed = (config.seed * len(ROLES) + ROLES.index(role)) * SEED_STRIDE
+    several = config.task_parameters if isinstance(config.task_parameters, list) else [config.task_parameters]
+    task, rows = str(config.reasoning_gym), []
+    for parameters in several:
+        settings = {"size": math.ceil(size / len(several)), "seed": seed} | parameters
+        try:
+            rows += _generate_task(task, json.dumps(settings, sort_keys=True))
+        except (TypeError, AssertionError) as error:
+            raise ValueError(f"data.task_parameters={parameters}: {task} refuses them: {error}") from error
+    to_row = PROCEDURAL.get(task, dict)
+    return [to_row({**row["metadata"], **row}) for row in rows]  # metadata are columns, which can be mapped
+
+
+@lru_cache(maxsize=8)  # every split leaves out what is among the training rows, which take long to generate
+def _generate_task(task: str, settings: str) -> list[dict[str, Any]]:
+    """Rows of one task, its parameters given as JSON."""
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
         raise RuntimeError("data.reasoning_gym needs a package: pip install reasoning-gym") from error
-    task = config.reasoning_gym
-    size = (config.max_train_examples or 10_000) if role == "train" else (config.max_eval_examples or 500)
     if task not in DATASETS:
-        close = difflib.get_close_matches(str(task), DATASETS) or sorted(DATASETS)
+        close = difflib.get_close_matches(task, DATASETS) or sorted(DATASETS)
         raise ValueError(f"data.reasoning_gym={task!r} is no task; close ones: {', '.join(close)}")
-    seed = (config.seed * len(ROLES) + ROLES.index(role)) * SEED_STRIDE
-    several = config.task_parameters if isinstance(config.task_parameters, list) else [config.task_parameters]
-    rows: list[dict[str, Any]] = []
-    for parameters in several:
-        try:
-            rows += create_dataset(task, **{"size": math.ceil(size / len(several)), "seed": seed} | parameters)
-        except (TypeError, AssertionError) as error:
-            raise ValueError(f"data.task_parameters={parameters}: {task} refuses them: {error}") from error
-    to_row = PROCEDURAL.get(str(task), dict)
-    return [to_row({**row["metadata"], **row}) for row in rows]  # metadata are columns, which can be mapped
+    return list(create_dataset(task, **json.loads(settings)))
 
 
 def sudoku_row(row: Mapping[str, Any]) -> dict[str, Any]:

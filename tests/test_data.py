@@ -320,6 +320,21 @@ def test_sudoku_is_a_grid_of_fields():
         assert all(sorted(line) == list("1234") for line in [*lines, *zip(*lines, strict=True)])
 
 
+def test_the_training_puzzles_are_generated_once(monkeypatch):
+    factory = pytest.importorskip("reasoning_gym.factory")
+    create, sizes = factory.create_dataset, []
+
+    def counted(task, **settings):
+        sizes.append(settings["size"])
+        return create(task, **settings)
+
+    monkeypatch.setattr(factory, "create_dataset", counted)
+    config = DataConfig(reasoning_gym="mini_sudoku", max_train_examples=11, max_eval_examples=3, seed=77)
+    first = load_examples(config, "train")
+    load_examples(config, "valid")
+    assert load_examples(config, "train") == first and sizes == [11, 3]
+
+
 def test_cells_of_a_large_sudoku_stand_at_their_digits():
     pytest.importorskip("reasoning_gym")
     for example in load_examples(DataConfig(reasoning_gym="sudoku", max_train_examples=4), "train"):
