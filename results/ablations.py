@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+import shlex
 import statistics
 import sys
 import tempfile
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=sorted(VARIANTS))
     parser.add_argument("--seeds", default="0,1,2", help="numbers, separated by commas")
-    parser.add_argument("--only", help="variants whose names hold this text")
+    parser.add_argument("--only", default="", help="variants in whose names this regular expression is found")
     parser.add_argument("--table", action="store_true", help="print the table of what was run")
     parsed, flags = parser.parse_known_args(arguments)
     path = FOLDER / f"{parsed.set}.jsonl"
@@ -91,11 +93,11 @@ def main(arguments: Sequence[str]) -> None:
     for seed in map(int, parsed.seeds.split(",")):
         for name, changes in VARIANTS[parsed.set].items():
             is_there = any((run["variant"], run["seed"]) == (name, seed) for run in read(path))
-            if is_there or (parsed.only or "") not in name:
+            if is_there or not re.search(parsed.only, name):
                 continue
             run = {
                 "variant": name, "seed": seed, "changes": changes, **trained(parsed.set, changes, seed, flags),
-                **provenance(f"python results/ablations.py {' '.join(arguments)}", seed),
+                **provenance(shlex.join(["python", "results/ablations.py", *arguments]), seed),
             }  # fmt: skip
             with path.open("a") as file:
                 file.write(json.dumps(run) + "\n")
