@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from hybrid.backbone import Backbone, load_backbone, native_dtype
 from hybrid.batches import EmbeddedExamples, common_fields, common_places, embed_examples, known_options
-from hybrid.config import HybridConfig, ReasonerConfig, RecursionStage, RunConfig, TrainingConfig, to_plain
+from hybrid.config import HybridConfig, ReasonerConfig, RunConfig, TrainingConfig, to_plain
 from hybrid.data import Example, data_fingerprint, load_examples
 from hybrid.decoder import FieldBatch
 from hybrid.evaluation import by_depth, run_steps, run_text
@@ -473,12 +473,11 @@ class Trainer:
         output.metrics |= {"text_loss": share.detach(), "written_right": written.float().sum() / len(ending)}
 
     def stage(self) -> ReasonerConfig:
-        """The recursion numbers of this update."""
-        numbers = ReasonerConfig(**vars(self.config.reasoner))
-        for stage in self.settings.recursion_schedule:
-            if stage.start <= self.num_updates:
-                _override(numbers, stage)
-        return numbers
+        """The recursion numbers of this update: those of the latest stage, and what it leaves out as configured."""
+        stages = [stage for stage in self.settings.recursion_schedule if stage.start <= self.num_updates]
+        names = ("num_latent_passes", "num_cycles", "max_steps")
+        given = {name: value for stage in stages[-1:] for name in names if (value := getattr(stage, name)) is not None}
+        return replace(self.config.reasoner, **given)
 
     # -- log, evaluation -------------------------------------------------------------------------------------------
 
@@ -536,9 +535,14 @@ class Trainer:
                 **({"valid_fields": fields} if several else {}),
                 **written,
             }
+            trained_steps = self.stage().max_steps
+            if trained_steps < max_steps:  # those beyond are not trained yet
+                line["valid_accuracy_of_stage"] = float(record.right[trained_steps - 1].float().mean())
             shown = f"update {self.num_updates}: validation accuracy {accuracy:.3f}  {depths}  steps {steps:.1f}"
             if several:
                 shown += f"  fields {fields:.3f}"
+            if trained_steps < max_steps:
+                shown += f"  after {trained_steps} of them {line['valid_accuracy_of_stage']:.3f}"
             if written:
                 shown += f"  written {written['valid_written']:.3f}"
             self._write_log(line)
@@ -654,12 +658,6 @@ def learning_rate(settings: TrainingConfig, update: int) -> float:
         return settings.learning_rate * warm
     progress = max(0.0, update - settings.warmup_updates) / max(1, settings.num_updates - settings.warmup_updates)
     return settings.learning_rate * warm * (0.55 + 0.45 * math.cos(math.pi * min(1.0, progress)))
-
-
-def _override(numbers: ReasonerConfig, stage: RecursionStage) -> None:
-    for name in ("num_latent_passes", "num_cycles", "max_steps"):
-        if getattr(stage, name) is not None:
-            setattr(numbers, name, getattr(stage, name))
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

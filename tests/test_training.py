@@ -371,10 +371,26 @@ def test_recursion_schedule_and_learning_rate(folder, backbone):
     numbers = [(stage.num_latent_passes, stage.num_cycles, stage.max_steps) for stage in [trainer.stage()]]
     trainer.num_updates = 4
     numbers.append((trainer.stage().num_latent_passes, trainer.stage().num_cycles, trainer.stage().max_steps))
-    assert numbers == [(1, 1, 1), (1, 3, 1)]
+    configured = config.reasoner
+    assert numbers == [(1, 1, 1), (configured.num_latent_passes, 3, configured.max_steps)]
     settings = dataclasses.replace(config.training, learning_rate=1.0, warmup_updates=10, num_updates=110)
     rates = [learning_rate(settings, update) for update in range(111)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[110] == pytest.approx(0.1)
+
+
+def test_validation_also_tells_the_accuracy_after_the_steps_of_the_stage(folder, backbone):
+    stages = [RecursionStage(max_steps=1), RecursionStage(start=9)]
+    config = tiny_run(folder, recursion_schedule=stages)
+    config.reasoner.halting = "never"
+    train(config, backbone=backbone)
+    early, late = [line for line in curve(folder / "run") if "valid_accuracy" in line]
+    assert early["update"] == 6 and 0 <= early["valid_accuracy_of_stage"] <= 1
+    assert "valid_accuracy_of_stage" not in late
+    config.training.output_folder = str(folder / "one_step")
+    config.reasoner.max_steps, config.training.recursion_schedule = 1, []
+    train(config, backbone=backbone)
+    same = [line for line in curve(folder / "one_step") if "valid_accuracy" in line][0]
+    assert same["valid_accuracy"] == early["valid_accuracy_of_stage"]
 
 
 def test_cached_features_equal_live_features(model, embedded):
