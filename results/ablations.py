@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     parsed, flags = parser.parse_known_args(arguments)
     path = FOLDER / f"{parsed.set}.jsonl"
     if parsed.table:
-        print(table(read(path), VARIANTS[parsed.set]))
+        print(table(read(path), parsed.set))
         return
     path.parent.mkdir(exist_ok=True)
     for seed in map(int, parsed.seeds.split(",")):
@@ -148,13 +148,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(runs: Sequence[dict[str, Any]], variants: Sequence[str] | dict[str, Any]) -> str:
+def table(runs: Sequence[dict[str, Any]], task: str) -> str:
     """Markdown table: mean validation accuracy over seeds with its 95% interval, by steps and at the deepest."""
     lines = [
         "| variant | seeds | 1 step | 4 steps | 16 steps | deepest, 4 steps | parameters | training, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in variants:
+    for name in VARIANTS[task]:
         chosen = [run for run in runs if run["variant"] == name]
         if not chosen:
             continue

@@ -2,7 +2,8 @@
 
 A table stands between `<!-- table: results/NAME/results.json other.json … -->` and `<!-- end -->`, other files of the
 same folder being baselines beside the head; an output copied from a run stands between
-`<!-- file: results/NAME/FILE -->` and `<!-- end -->`; one table of all sets, with what others report
+`<!-- file: results/NAME/FILE -->` and `<!-- end -->`; what `results/ablations.py` ran of a set between
+`<!-- ablations: SET -->` and `<!-- end -->`; one table of all sets, with what others report
 (`results/published.json`), between `<!-- summary: NAME+other.json … -->` and `<!-- end -->`.
 """
 
@@ -14,13 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import ablations
 from written import table as written_table
 
 from hybrid.bench import markdown_table
 from hybrid.evaluation import COSTS, accuracy_cell, accuracy_lines, harness_lines
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (table|file|summary): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|file|summary|ablations): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUMMARY = "set", "answered by", "n", "all", "deepest", "trainable", "training, s", "one answer, ms"
 
 
@@ -31,6 +33,8 @@ def render(text: str) -> str:
         start, kind, name, more, end = match.groups()
         if kind == "summary":
             return f"{start}{summary([name, *more.split()])}\n{end}"
+        if kind == "ablations":
+            return f"{start}{ablations.table(ablations.read(ablations.FOLDER / f'{name}.jsonl'), name)}\n{end}"
         content = (ROOT / name).read_text()
         if kind == "table":
             results = json.loads(content)

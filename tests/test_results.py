@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 import ablations
 import chains
 import prontoqa_shortcut
+import render
 import trm
 import written
 from prontoqa_shortcut import by_rule, facts, harder, with_facts
@@ -244,3 +245,34 @@ def test_ablations_are_run_once_and_tabled(tmp_path, monkeypatch, capsys):
         "| base | 2 | 0.900 ± 0.000 | 0.900 ± 0.000 | 0.900 ± 0.000 | 12: 0.600 ± 1.271 | 2,100 | 60 |"
     )
     assert one_pass == "| one pass, 2 layers | 1 | 0.900 | – | – | 12: 0.100 | 2,100 | 60 |"
+
+
+def test_one_table_of_all_sets(tmp_path, monkeypatch):
+    def figures(accuracy):
+        row = {"accuracy": accuracy, "interval": [0.0, 1.0], "n": 8}
+        return {"accuracy_by_depth": [{"depth": 1, **row}, {"depth": 9, **row}, {"depth": "all", **row}]}
+
+    files = {
+        "published.json": {"x_smollm2": [{"name": "They", "source": "S", "questions": "9 hops", "accuracy": "0.5"}]},
+        "x_smollm2/results.json": {
+            **figures(0.75),
+            "num_parameters": 2100,
+            "baselines": [{"name": "probe", **figures(0.25)}],
+        },
+        "x_text/written.json": {"exact_match": [{"name": "LoRA", "train_seconds": 9.6, **figures(0.125)}]},
+    }
+    for name, content in files.items():
+        path = tmp_path / "results" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    start, end = "<!-- summary: x_smollm2+../x_text/written.json -->", "<!-- end -->"
+    found = render.render(f"Before\n{start}\nold\n{end}\nafter")
+    first, *lines, last = found.split("\n")[1:-1]
+    assert (first, last) == (start, end) and "old" not in lines
+    assert lines[2:] == [
+        "| [x](results/x_smollm2/) | **head** | 8 | 0.750 (0.000–1.000) | 9: 0.750 (0.000–1.000) | 2,100 | – | – |",
+        "|  | probe | 8 | 0.250 (0.000–1.000) | 9: 0.250 (0.000–1.000) | – | – | – |",
+        "|  | LoRA, in words | 8 | 0.125 (0.000–1.000) | 9: 0.125 (0.000–1.000) | – | 10 | – |",
+        "| | [They](S) | – | – | 9 hops: 0.5 | – | – | – |",
+    ]
