@@ -364,9 +364,15 @@ def command_ask(arguments: Sequence[str]) -> None:
     )
     if parsed.trace:
         print(trace_text(answer, shutil.get_terminal_size((100, 24)).columns))
+    before: dict[str, str] = {}
     for step, fields in enumerate([] if parsed.trace else answer.trace, start=1):
-        best = {name: max(options.items(), key=lambda option: option[1]) for name, options in fields.items()}
-        print(f"step {step:>2}  " + "  ".join(f"{name}: {text} {p:.3f}" for name, (text, p) in best.items()))
+        best = {name: max(options, key=options.__getitem__) for name, options in fields.items()}
+        shown = (
+            best if len(best) == 1 else {n: text for n, text in best.items() if before.get(n) != text}
+        )  # what moved
+        told = "  ".join(f"{name}: {text} {fields[name][text]:.3f}" for name, text in shown.items())
+        print(f"step {step:>2}  {told or 'no change'}")
+        before = best
     value = answer.value if isinstance(answer.value, str) else json.dumps(answer.value, ensure_ascii=False)
     print(f"{value}   (probability {answer.probability:.3f}, {answer.steps} steps)")
     if answer.text is not None:

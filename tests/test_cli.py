@@ -14,6 +14,7 @@ from hybrid.backbone import Backbone
 from hybrid.cli import main, run_config
 from hybrid.config import to_plain
 from hybrid.decoder import Field
+from hybrid.inference import Answer
 from hybrid.model import HybridModel
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -95,6 +96,19 @@ def test_ask_for_several_fields(head, tmp_path, capsys):
     )
     answer = value("--schema", str(tmp_path / "schema.json"))
     assert answer["left"] in (True, False) and answer["says"] in ("A", "B")
+
+
+def test_of_several_fields_a_step_shows_those_that_it_changed(head, capsys, monkeypatch):
+    steps = [
+        {"A": {"knight": 0.9, "knave": 0.1}, "B": {"knight": 0.6, "knave": 0.4}},
+        {"A": {"knight": 0.8, "knave": 0.2}, "B": {"knight": 0.3, "knave": 0.7}},
+        {"A": {"knight": 0.7, "knave": 0.3}, "B": {"knight": 0.2, "knave": 0.8}},
+    ]
+    answer = Answer({"A": "knight", "B": "knave"}, probability=0.56, steps=3, trace=steps, halt_probability=0.5)
+    monkeypatch.setattr("hybrid.model.HybridModel.answer", lambda *_, **__: answer)
+    main(["ask", head, "A says B is a knave .", "--grid", "2x2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["step  1  A: knight 0.900  B: knight 0.600", "step  2  B: knave 0.700", "step  3  no change"]
 
 
 def test_ask_draws_the_trace(head, tmp_path, capsys):
