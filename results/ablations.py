@@ -62,6 +62,7 @@ BOTH: dict[str, list[str]] = {
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "mini_sudoku": {
         **BOTH,
+        "base, 900 updates (the time of 4 cycles with gradient)": ["--training.num_updates", "900"],
         "base, 1,700 updates (the time of 16 layers)": ["--training.num_updates", "1700"],
         "fields look for their cells": ["--data.places", "false"],
         "every token a slot": ["--reasoner.refine_memory", "true"],
