@@ -45,7 +45,9 @@ from hybrid.reasoner import ReasonerState, has_halted
 
 CHECKPOINT = "checkpoint.pt"
 MAX_WRITTEN = 200  # validation answers that are written in words at each evaluation
-START_FREE = {"dtype", "quantization", "max_steps", "halting", "convergence_tolerance", "dropout", "state_noise"}
+# What a run may have otherwise than the head that it starts from.
+START_FREE = {"dtype", "quantization", "max_steps", "num_cycles", "num_gradient_cycles"}
+START_FREE |= {"halting", "convergence_tolerance", "dropout", "state_noise"}
 NUM_KEPT, KEPT_TOKENS, KEPT_ROWS = 256, 96, 4  # texts of the frozen model's own, their length, how many an update sees
 MASTERY_ROWS = 1000  # rows over which the curriculum follows the share of right answers
 MIN_PART = 16  # rows of a part below which matrix products get slow

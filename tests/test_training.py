@@ -595,7 +595,7 @@ def test_start_from_another_head_is_checked(folder, backbone):
     config.reasoner = tiny_reasoner(rotary=True)  # no weight has another shape
     with pytest.raises(ValueError, match=r"has reasoner.rotary=False, and this run True"):
         train(config, backbone=backbone)
-    config.reasoner = tiny_reasoner()
+    config.reasoner = tiny_reasoner(num_cycles=3, num_gradient_cycles=3)  # as often as a schedule might apply it
     with pytest.raises(ValueError, match=r"text\.enabled=false, but .* has a text decoder: set text\.enabled=true"):
         train(config, backbone=backbone)
     config.training.start_from = str(folder)
