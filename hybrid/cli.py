@@ -367,9 +367,8 @@ def command_ask(arguments: Sequence[str]) -> None:
     before: dict[str, str] = {}
     for step, fields in enumerate([] if parsed.trace else answer.trace, start=1):
         best = {name: max(options, key=options.__getitem__) for name, options in fields.items()}
-        shown = (
-            best if len(best) == 1 else {n: text for n, text in best.items() if before.get(n) != text}
-        )  # what moved
+        changed = {name: text for name, text in best.items() if before.get(name) != text}
+        shown = changed if len(best) > 1 else best
         told = "  ".join(f"{name}: {text} {fields[name][text]:.3f}" for name, text in shown.items())
         print(f"step {step:>2}  {told or 'no change'}")
         before = best

@@ -117,7 +117,7 @@ def _role_examples(config: DataConfig, role: str) -> list[Example]:
             if set(parts := name.split("+")) <= set(splits):
                 splits[name] = datasets.concatenate_datasets([cast(datasets.Dataset, splits[part]) for part in parts])
     else:
-        splits = {each: _generate(config, each) for each in {"train", role}}
+        splits = {each: _generate(config, each) for each in ("train", role)}
         found = {each: (each, None) for each in ROLES}
     name, bounds = found[role]
     if name not in splits:
@@ -382,7 +382,7 @@ def _generate(config: DataConfig, role: str) -> list[dict[str, Any]]:
     return [to_row({**row["metadata"], **row}) for row in rows]  # metadata are columns, which can be mapped
 
 
-@lru_cache(maxsize=8)  # every split leaves out what is among the training rows, which take long to generate
+@lru_cache(maxsize=32)  # every split leaves out what is among the training rows, which take long to generate
 def _generate_task(task: str, settings: str) -> list[dict[str, Any]]:
     """Rows of one task, its parameters given as JSON."""
     try:

@@ -309,6 +309,27 @@ def write_texts(
     return [_cut(text, stop).strip() for text in texts]
 
 
+@torch.inference_mode()
+def greedy_texts(backbone: Backbone, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """What a language model itself writes after each prompt, greedily, without special tokens."""
+    texts: dict[int, str] = {}
+    for rows in length_batches([len(prompt) for prompt in prompts], TOKEN_BUDGET):
+        token_ids, mask = pad_left([prompts[row] for row in rows], backbone.device)
+        model: Any = backbone.model
+        output = model.generate(
+            input_ids=token_ids, attention_mask=mask.long(), max_new_tokens=max_new_tokens, do_sample=False
+        )
+        found = backbone.tokenizer.batch_decode(output[:, token_ids.shape[1] :], skip_special_tokens=True)
+        texts |= dict(zip(rows, found, strict=True))
+    return [texts[row] for row in range(len(prompts))]
+
+
+def is_answer(text: str, answer: str) -> bool:
+    """Whether a text begins with an answer's lines, but for spaces around lines and a full stop at the end."""
+    lines = text.strip().split("\n")[: answer.count("\n") + 1]
+    return "\n".join(line.strip() for line in lines).rstrip(".") == answer.rstrip(".")
+
+
 # -- likelihoods ---------------------------------------------------------------------------------------------------
 
 
@@ -415,27 +436,6 @@ def answer_text(settings: TextConfig, example: Example) -> str:
             f"text.answer={settings.answer!r} cannot be filled ({type(error).__name__}: {error}): the answers are of "
             f"{list(answers)}, each named in braces"
         ) from None
-
-
-@torch.inference_mode()
-def continuations(backbone: Backbone, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """What a language model itself writes after each prompt, greedily."""
-    texts: dict[int, str] = {}
-    for rows in length_batches([len(prompt) for prompt in prompts], TOKEN_BUDGET):
-        token_ids, mask = pad_left([prompts[row] for row in rows], backbone.device)
-        model: Any = backbone.model
-        output = model.generate(
-            input_ids=token_ids, attention_mask=mask.long(), max_new_tokens=max_new_tokens, do_sample=False
-        )
-        found = backbone.tokenizer.batch_decode(output[:, token_ids.shape[1] :], skip_special_tokens=True)
-        texts |= dict(zip(rows, found, strict=True))
-    return [texts[row] for row in range(len(prompts))]
-
-
-def is_answer(text: str, answer: str) -> bool:
-    """Whether a text is the answer, up to the line break that an answer of one line ends with."""
-    lines = text.strip().split("\n")[: answer.count("\n") + 1]
-    return "\n".join(line.strip() for line in lines).rstrip(".") == answer.rstrip(".")
 
 
 # -- texts that are to stay as they are ----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from hybrid.baselines import answer_prompt, zero_shot
 from hybrid.config import BackboneConfig, RunConfig, TextConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.evaluation import by_depth, train_seconds
-from hybrid.generation import answer_text, answer_token_ids, continuations, is_answer
+from hybrid.generation import answer_text, answer_token_ids, greedy_texts, is_answer
 from hybrid.losses import IGNORED
 
 RANK = 16
@@ -96,8 +96,8 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
 def evaluate_lora(folder: Path, config: RunConfig, examples: Sequence[Example]) -> dict[str, Any]:
     """Accuracy by depth of an adapter that `train_lora` made.
 
-    It is scored as `zero_shot` scores the frozen model; trained in words (`text.enabled`), it writes greedily, and the
-    text up to the first line break must be the answer.
+    It is scored as `zero_shot` scores the frozen model; trained in words (`text.enabled`), by what it writes greedily
+    (`is_answer`).
     """
     tuned, num_parameters = load_lora(folder, config.backbone)
     figures = _written(tuned, config.text, examples) if config.text.enabled else zero_shot(tuned, examples)
@@ -109,7 +109,7 @@ def _written(tuned: Backbone, text: TextConfig, examples: Sequence[Example]) -> 
     """Accuracy by depth of answers in words."""
     prompts = tuned.text_prompts([(e.context, e.question) for e in examples], text.suffix, text.chat)
     length = max(map(len, answer_token_ids(tuned.tokenizer, text, examples)))
-    found = continuations(tuned, [prompt.token_ids for prompt in prompts], length)
+    found = greedy_texts(tuned, [prompt.token_ids for prompt in prompts], length)
     right = [is_answer(words, answer_text(text, example)) for words, example in zip(found, examples, strict=True)]
     return {"accuracy_by_depth": by_depth(torch.tensor(right), examples)}
 

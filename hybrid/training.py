@@ -45,9 +45,17 @@ from hybrid.reasoner import ReasonerState, has_halted
 
 CHECKPOINT = "checkpoint.pt"
 MAX_WRITTEN = 200  # validation answers that are written in words at each evaluation
-# What a run may have otherwise than the head that it starts from.
-START_FREE = {"dtype", "quantization", "max_steps", "num_cycles", "num_gradient_cycles"}
-START_FREE |= {"halting", "convergence_tolerance", "dropout", "state_noise"}
+# What a run may have otherwise than the head that it starts from; cycles only if its reasoner is trained.
+CYCLES = {"num_cycles", "num_gradient_cycles"}
+START_FREE = CYCLES | {
+    "dtype",
+    "quantization",
+    "max_steps",
+    "halting",
+    "convergence_tolerance",
+    "dropout",
+    "state_noise",
+}
 NUM_KEPT, KEPT_TOKENS, KEPT_ROWS = 256, 96, 4  # texts of the frozen model's own, their length, how many an update sees
 MASTERY_ROWS = 1000  # rows over which the curriculum follows the share of right answers
 MIN_PART = 16  # rows of a part below which matrix products get slow
@@ -474,12 +482,15 @@ class Trainer:
         output.loss = output.loss + self.settings.text_loss_weight * share
         output.metrics |= {"text_loss": share.detach(), "written_right": written.float().sum() / len(ending)}
 
-    def stage(self) -> ReasonerConfig:
-        """The recursion numbers of this update: those of the latest stage, and what it leaves out as configured."""
-        stages = [stage for stage in self.settings.recursion_schedule if stage.start <= self.num_updates]
+    def stage(self, update: int | None = None) -> ReasonerConfig:
+        """The recursion numbers of an update, by default the next: its stage's, and others as configured."""
+        update = self.num_updates if update is None else update
+        stages = [stage for stage in self.settings.recursion_schedule if stage.start <= update]
         names = ("num_latent_passes", "num_cycles", "max_steps")
         given = {name: value for stage in stages[-1:] for name in names if (value := getattr(stage, name)) is not None}
-        return replace(self.config.reasoner, **given)
+        configured = self.config.reasoner
+        most = given.get("num_cycles", configured.num_cycles)
+        return replace(configured, **given, num_gradient_cycles=min(configured.num_gradient_cycles, most))
 
     # -- log, evaluation -------------------------------------------------------------------------------------------
 
@@ -537,14 +548,15 @@ class Trainer:
                 **({"valid_fields": fields} if several else {}),
                 **written,
             }
-            trained_steps = self.stage().max_steps
-            if trained_steps < max_steps:  # those beyond are not trained yet
-                line["valid_accuracy_of_stage"] = float(record.right[trained_steps - 1].float().mean())
+            trained = self.stage(self.num_updates - 1)
+            shortened = replace(self.config.reasoner, max_steps=trained.max_steps)
+            if trained.max_steps < max_steps and trained == shortened:  # the steps beyond are not trained yet
+                line["valid_accuracy_of_stage"] = float(record.right[trained.max_steps - 1].float().mean())
             shown = f"update {self.num_updates}: validation accuracy {accuracy:.3f}  {depths}  steps {steps:.1f}"
             if several:
                 shown += f"  fields {fields:.3f}"
-            if trained_steps < max_steps:
-                shown += f"  after {trained_steps} of them {line['valid_accuracy_of_stage']:.3f}"
+            if "valid_accuracy_of_stage" in line:
+                shown += f"  after {trained.max_steps} of them {line['valid_accuracy_of_stage']:.3f}"
             if written:
                 shown += f"  written {written['valid_written']:.3f}"
             self._write_log(line)
@@ -749,7 +761,7 @@ def prepare(
     for name, part in model.named_children():
         part.requires_grad_(config.training.parts is None or name in config.training.parts)
     if config.training.start_from is not None and not resume:
-        load_weights(model, Path(config.training.start_from))
+        load_weights(model, Path(config.training.start_from), config.training.parts)
     with accelerator.main_process_first():  # the others find the cache filled
         progress = accelerator.is_main_process
         embedded = embed_examples(config.features, model.backbone, examples, progress)
@@ -774,16 +786,17 @@ def check_due(config: RunConfig, examples: Sequence[Example]) -> None:
         )
 
 
-def load_weights(model: HybridModel, folder: Path) -> None:
-    """Start a head from the weights of another; parts that the other lacks stay as they are.
+def load_weights(model: HybridModel, folder: Path, parts: Sequence[str] | None) -> None:
+    """Start a head, of which some parts are trained, from another's weights; parts that it lacks stay as they are.
 
     Raises:
         ValueError: The folder is no head, or one of another kind.
     """
     check_head_folder(folder)
     other, own = HybridConfig.from_pretrained(folder).to_dict(), model.config.to_dict()
+    free = START_FREE if parts is None or "reasoner" in parts else START_FREE - CYCLES
     for section in ("backbone", "adapter", "reasoner"):
-        for key in own[section].keys() - START_FREE:
+        for key in sorted(own[section].keys() - free):
             if other[section][key] != own[section][key]:
                 raise ValueError(
                     f"training.start_from={str(folder)!r} has {section}.{key}={other[section][key]!r}, and this run "
@@ -792,6 +805,11 @@ def load_weights(model: HybridModel, folder: Path) -> None:
     if other["text"]["enabled"] and model.text_decoder is None:
         raise ValueError(
             f"text.enabled=false, but training.start_from={str(folder)!r} has a text decoder: set text.enabled=true"
+        )
+    if (other["places"] is None) != (own["places"] is None):
+        raise ValueError(
+            f"training.start_from={str(folder)!r}: its fields stood in the text (at) in training, or those of this run do, "
+            "but not both: set data.places as it was there"
         )
     if other["known_options"] != own["known_options"]:
         raise ValueError(f"training.start_from={str(folder)!r} was trained on other options than these data have")

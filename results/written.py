@@ -2,8 +2,8 @@
 
     python results/written.py HEAD --data FILE --lora FOLDER --output results/NAME/written.json
 
-Greedy text up to the first line break must be the answer, word for word. All have the same prompts. The other
-texts are Python's own reference manual (`pydoc_data.topics`), read up to the middle of a passage.
+The first lines of greedy text, as many as the answer has, must be the answer, word for word. All have the same
+prompts. The other texts are Python's own reference manual (`pydoc_data.topics`), read up to the middle of a passage.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from hybrid.evaluation import accuracy_lines, by_depth, provenance, train_second
 from hybrid.generation import (
     answer_text,
     answer_token_ids,
-    continuations,
     generate_texts,
+    greedy_texts,
     is_answer,
     text_log_likelihoods,
     text_prompts,
@@ -84,7 +84,7 @@ def written(model: HybridModel, examples: Sequence[Example], tuned: Backbone | N
     length = max(map(len, answer_token_ids(model.backbone.tokenizer, model.config.text, examples)))
     texts = [(example.context, example.question) for example in examples]
     prompts = [prompt.token_ids for prompt in text_prompts(model, texts)]
-    yield "frozen LLM", continuations(model.backbone, prompts, length)
+    yield "frozen LLM", greedy_texts(model.backbone, prompts, length)
     steered: list[str] = [""] * len(examples)
     for fields in {example.fields for example in examples}:
         rows = [row for row, example in enumerate(examples) if example.fields == fields]
@@ -96,7 +96,7 @@ def written(model: HybridModel, examples: Sequence[Example], tuned: Backbone | N
             steered[row] = text
     yield "steered LLM", steered
     if tuned is not None:
-        yield "LoRA", continuations(tuned, prompts, length)
+        yield "LoRA", greedy_texts(tuned, prompts, length)
 
 
 def unrelated(model: HybridModel, tuned: Backbone | None) -> dict[str, Any]:

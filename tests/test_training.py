@@ -18,10 +18,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import CHOICES, chain_examples, chatty_llama, open_gate, tiny_reasoner, tiny_run, word_tokenizer
+from safetensors.torch import load_file
 
 from hybrid.backbone import Backbone
 from hybrid.batches import EmbeddedExamples, common_fields, common_places, embed_examples, known_options
-from hybrid.config import FeatureConfig, RecursionStage, RunConfig, TextConfig, TrainingConfig, to_plain
+from hybrid.config import FeatureConfig, HybridConfig, RecursionStage, RunConfig, TextConfig, TrainingConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
 from hybrid.evaluation import StepRecord
@@ -378,8 +379,33 @@ def test_recursion_schedule_and_learning_rate(folder, backbone):
     assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[110] == pytest.approx(0.1)
 
 
+def test_a_run_may_recur_more_often_than_the_head_it_starts_from(folder, backbone):
+    first = train(tiny_run(folder, num_updates=2), backbone=backbone)
+    config = tiny_run(folder, num_updates=1, output_folder=str(folder / "more"), start_from=str(first))
+    config.reasoner = tiny_reasoner(num_cycles=3, num_gradient_cycles=3)
+    model = prepare(config, Accelerator(cpu=True), backbone)[0]
+    weights = load_file(first / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    config.training.parts = ["adapter", "decoder"]  # and the reasoner would be used otherwise than it was trained
+    with pytest.raises(ValueError, match=r"has reasoner\.num_cycles=2, and this run 3: use the same"):
+        prepare(config, Accelerator(cpu=True), backbone)
+    config.training.parts, places = None, HybridConfig.from_pretrained(first)
+    places.places = {}
+    places.save_pretrained(first)
+    with pytest.raises(ValueError, match="stood in the text .* set data.places"):
+        prepare(config, Accelerator(cpu=True), backbone)
+
+
+def test_a_stage_of_fewer_cycles_has_no_more_of_them_with_gradient(folder, backbone):
+    config = tiny_run(folder, recursion_schedule=[RecursionStage(num_cycles=1), RecursionStage(start=4)])
+    config.reasoner = tiny_reasoner(num_cycles=3, num_gradient_cycles=3)
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    numbers = [(stage.num_cycles, stage.num_gradient_cycles) for stage in map(trainer.stage, (0, 3, 4))]
+    assert numbers == [(1, 1), (1, 1), (3, 3)]
+
+
 def test_validation_also_tells_the_accuracy_after_the_steps_of_the_stage(folder, backbone):
-    stages = [RecursionStage(max_steps=1), RecursionStage(start=9)]
+    stages = [RecursionStage(max_steps=1), RecursionStage(start=6)]  # from the update after the first validation on
     config = tiny_run(folder, recursion_schedule=stages)
     config.reasoner.halting = "never"
     train(config, backbone=backbone)
@@ -595,7 +621,7 @@ def test_start_from_another_head_is_checked(folder, backbone):
     config.reasoner = tiny_reasoner(rotary=True)  # no weight has another shape
     with pytest.raises(ValueError, match=r"has reasoner.rotary=False, and this run True"):
         train(config, backbone=backbone)
-    config.reasoner = tiny_reasoner(num_cycles=3, num_gradient_cycles=3)  # as often as a schedule might apply it
+    config.reasoner = tiny_reasoner()
     with pytest.raises(ValueError, match=r"text\.enabled=false, but .* has a text decoder: set text\.enabled=true"):
         train(config, backbone=backbone)
     config.training.start_from = str(folder)
