@@ -808,8 +808,8 @@ def load_weights(model: HybridModel, folder: Path, parts: Sequence[str] | None) 
         )
     if (other["places"] is None) != (own["places"] is None):
         raise ValueError(
-            f"training.start_from={str(folder)!r}: its fields stood in the text (at) in training, or those of this run do, "
-            "but not both: set data.places as it was there"
+            f"training.start_from={str(folder)!r}: its fields stood in the text (at) in training, or those of this "
+            "run do, but not both: set data.places as it was there"
         )
     if other["known_options"] != own["known_options"]:
         raise ValueError(f"training.start_from={str(folder)!r} was trained on other options than these data have")

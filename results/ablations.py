@@ -41,7 +41,7 @@ BASES = {
                  "--training.curriculum", "null", "--data.valid_split", "valid[:500]"],
 }  # fmt: skip
 BASELINES = {"one_pass": one_pass, "deep": deep, "tokens": without_backbone}
-BOTH: dict[str, list[str]] = {
+SHARED: dict[str, list[str]] = {
     "base: n = 1, T = 1, 4 steps": [],
     "one pass, 2 layers": ["one_pass"],
     "one pass, 16 untied layers": ["deep"],
@@ -61,15 +61,15 @@ BOTH: dict[str, list[str]] = {
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "mini_sudoku": {
-        **BOTH,
-        "base, 900 updates (the time of 4 cycles with gradient)": ["--training.num_updates", "900"],
-        "base, 1,700 updates (the time of 16 layers)": ["--training.num_updates", "1700"],
+        **SHARED,
+        "base, 900 updates": ["--training.num_updates", "900"],
+        "base, 1,700 updates": ["--training.num_updates", "1700"],
         "fields look for their cells": ["--data.places", "false"],
         "every token a slot": ["--reasoner.refine_memory", "true"],
         "no language model": ["--backbone.layers", "[0]"],
     },
     "stepgame": {
-        **BOTH,
+        **SHARED,
         "memory read only": ["--reasoner.refine_memory", "false"],
         "echo template": ["--backbone.template", "echo"],
         "no language model": ["tokens"],
@@ -94,11 +94,12 @@ def main(arguments: Sequence[str]) -> None:
     path.parent.mkdir(exist_ok=True)
     for seed in map(int, parsed.seeds.split(",")):
         for name, changes in VARIANTS[parsed.set].items():
-            is_there = any((run["variant"], run["seed"]) == (name, seed) for run in read(path))
+            wanted = {"variant": name, "seed": seed, "changes": changes, "flags": flags}
+            is_there = any(wanted.items() <= run.items() for run in read(path))
             if is_there or not re.search(parsed.only, name):
                 continue
             run = {
-                "variant": name, "seed": seed, "changes": changes, **trained(parsed.set, changes, seed, flags),
+                **wanted, **trained(parsed.set, changes, seed, flags),
                 **provenance(shlex.join(["python", "results/ablations.py", *arguments]), seed),
             }  # fmt: skip
             with path.open("a") as file:
@@ -116,8 +117,8 @@ def trained(task: str, changes: Sequence[str], seed: int, flags: Sequence[str]) 
     with tempfile.TemporaryDirectory() as folder:
         config = run_of(task, seed, flags, changes)
         config.training.output_folder = folder
-        best = train(config)
-        assert best is not None, "interrupted"
+        if (best := train(config)) is None:
+            sys.exit("stopped; the runs that had ended are kept")
         lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
         model, rows = HybridModel.from_pretrained(best), load_examples(config.data, "valid")
     seconds = [line["seconds"] for line in lines if "seconds" in line]
@@ -153,17 +154,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 def table(runs: Sequence[dict[str, Any]], task: str) -> str:
     """Markdown table: mean validation accuracy over seeds with its 95% interval, by steps and at the deepest."""
     lines = [
-        "| variant | seeds | 1 step | 4 steps | 16 steps | deepest, 4 steps | parameters | training, s |",
+        "| variant | seeds | 1 step | steps as trained | 16 steps | deepest, as trained | parameters | training, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in VARIANTS[task]:
+    for name, changes in VARIANTS[task].items():
         chosen = [run for run in runs if run["variant"] == name]
         if not chosen:
             continue
         by_steps = [run["accuracy_by_steps"] for run in chosen]
         *_, deepest, _ = by_steps[0]["1"]
-        last = "4" if "4" in by_steps[0] else "1"
-        cells = [mean_cell([run[steps]["all"] for run in by_steps if steps in run]) for steps in ("1", "4", "16")]
+        last = str(run_of(task, 0, [], changes).reasoner.max_steps)
+        cells = [mean_cell([run[steps]["all"] for run in by_steps if steps in run]) for steps in ("1", last, "16")]
         cells.append(f"{deepest}: {mean_cell([run[last][deepest] for run in by_steps])}")
         seconds = statistics.mean(run["train_seconds"] for run in chosen)
         cells += [f"{chosen[0]['num_parameters']:,}", f"{seconds:,.0f}"]

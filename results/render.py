@@ -62,11 +62,14 @@ def summary(sets: Sequence[str]) -> str:
         name, *others = part.split("+")
         folder = ROOT / "results" / name
         results = json.loads((folder / "results.json").read_text())
-        systems = [{"name": "**head**", **results}, *results.get("baselines", [])]
+        systems = [{"name": "**head**", **results}]
+        systems += [{"split": results["split"], **baseline} for baseline in results.get("baselines", [])]
         for other in others:
             found = json.loads((folder / other).read_text())
-            in_words = [{**system, "name": f"{system['name']}, in words"} for system in found.get("exact_match", [])]
-            systems += in_words or [found]
+            systems += [
+                {**system, "name": f"{system['name']}, in words", "split": found["split"]}
+                for system in found.get("exact_match", [])
+            ] or [found]
         for number, system in enumerate(systems):
             *_, deepest, every = system["accuracy_by_depth"]
             costs = [form.format(system[key]) if system.get(key) is not None else "–" for key, form in COSTS.values()]
@@ -74,7 +77,7 @@ def summary(sets: Sequence[str]) -> str:
             cells = [
                 shown,
                 system["name"],
-                str(every["n"]),
+                str(every["n"]) if system["split"] == "test" else f"{every['n']}, {system['split'].partition('[')[0]}",
                 accuracy_cell(every),
                 f"{deepest['depth']}: {accuracy_cell(deepest)}",
             ]

@@ -59,7 +59,9 @@ def main(arguments: Sequence[str]) -> None:
         "exact_match": [],
         **provenance(shlex.join(["python", "results/written.py", *arguments]), config.training.seed),
     }
-    tuned, costs = None, {}
+    decoder = model.parameter_groups().get("text_decoder")
+    costs = {"steered LLM": {"num_parameters": decoder, "train_seconds": train_seconds(parsed.head)}}
+    tuned = None
     if parsed.lora:
         tuned, num_parameters = load_lora(parsed.lora, model.config.backbone)
         costs["LoRA"] = {"num_parameters": num_parameters, "train_seconds": train_seconds(parsed.lora)}

@@ -233,7 +233,7 @@ def test_ablations_are_run_once_and_tabled(tmp_path, monkeypatch, capsys):
 
     def trained(task, changes, seed, flags):
         by_depth = {"11": 1.0, "12": next(accuracy), "all": 0.9}
-        steps = ["1"] if changes else ["1", "4", "16"]
+        steps = [1] if changes else [1, 4, 16]
         return {"train_seconds": 60.4, "num_parameters": 2100, "accuracy_by_steps": dict.fromkeys(steps, by_depth)}
 
     monkeypatch.setattr(ablations, "trained", trained)
@@ -244,7 +244,22 @@ def test_ablations_are_run_once_and_tabled(tmp_path, monkeypatch, capsys):
     assert base.startswith(
         "| base | 2 | 0.900 ± 0.000 | 0.900 ± 0.000 | 0.900 ± 0.000 | 12: 0.600 ± 1.271 | 2,100 | 60 |"
     )
-    assert one_pass == "| one pass, 2 layers | 1 | 0.900 | – | – | 12: 0.100 | 2,100 | 60 |"
+    assert one_pass == "| one pass, 2 layers | 1 | 0.900 | 0.900 | – | 12: 0.100 | 2,100 | 60 |"
+
+
+def test_an_ablation_is_trained_and_asked(tmp_path, backbone_folder):
+    pytest.importorskip("reasoning_gym")
+    flags = {
+        "backbone.name_or_path": backbone_folder, "backbone.layers": "[0, 1]", "backbone.dtype": "float32",
+        "features.folder": tmp_path, "data.max_train_examples": 16, "data.max_eval_examples": 4, "reasoner.dim": 32,
+        "training.num_updates": 2, "training.batch_size": 4, "training.log_every": 1,
+    }  # fmt: skip
+    given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    base = ablations.trained("mini_sudoku", [], 0, given)
+    assert list(base["accuracy_by_steps"]) == [1, 2, 4, 8, 16] and base["num_updates"] == 2
+    assert base["accuracy_by_steps"][4].keys() > {"all"} and base["train_seconds"] > 0
+    one_pass = ablations.trained("mini_sudoku", ["one_pass"], 0, given)
+    assert list(one_pass["accuracy_by_steps"]) == [1] and one_pass["num_parameters"] == base["num_parameters"]
 
 
 def test_one_table_of_all_sets(tmp_path, monkeypatch):
@@ -256,10 +271,14 @@ def test_one_table_of_all_sets(tmp_path, monkeypatch):
         "published.json": {"x_smollm2": [{"name": "They", "source": "S", "questions": "9 hops", "accuracy": "0.5"}]},
         "x_smollm2/results.json": {
             **figures(0.75),
+            "split": "test",
             "num_parameters": 2100,
             "baselines": [{"name": "probe", **figures(0.25)}],
         },
-        "x_text/written.json": {"exact_match": [{"name": "LoRA", "train_seconds": 9.6, **figures(0.125)}]},
+        "x_text/written.json": {
+            "split": "valid[:9]",
+            "exact_match": [{"name": "LoRA", "train_seconds": 9.6, **figures(0.125)}],
+        },
     }
     for name, content in files.items():
         path = tmp_path / "results" / name
@@ -273,6 +292,6 @@ def test_one_table_of_all_sets(tmp_path, monkeypatch):
     assert lines[2:] == [
         "| [x](results/x_smollm2/) | **head** | 8 | 0.750 (0.000–1.000) | 9: 0.750 (0.000–1.000) | 2,100 | – | – |",
         "|  | probe | 8 | 0.250 (0.000–1.000) | 9: 0.250 (0.000–1.000) | – | – | – |",
-        "|  | LoRA, in words | 8 | 0.125 (0.000–1.000) | 9: 0.125 (0.000–1.000) | – | 10 | – |",
+        "|  | LoRA, in words | 8, valid | 0.125 (0.000–1.000) | 9: 0.125 (0.000–1.000) | – | 10 | – |",
         "| | [They](S) | – | – | 9 hops: 0.5 | – | – | – |",
     ]
