@@ -9,7 +9,8 @@ training rows alone: what one sentence says, in StepGame, is what it says in a s
 compose, in CLUTRR, is how they do in a story of two. PrOntoQA: which concepts does the subject belong to?
 Training rows carry these answers, and those of CLUTRR that are held out for validation. In the others the fields are
 asked, too, and the answer to the question alone counts. With `--due` an answer that lies two sentences away is asked
-for from the second refinement step on, and so forth, and is `unknown` before.
+for from the second refinement step on, and so forth, and is `unknown` before. With `--shuffled` some stories of CLUTRR
+are made of three, and all passages of joined stories are told in any order, as in its test stories.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ FEMALE = {
     "sister", "wife",
 }  # fmt: skip
 HOLD_OUT = 20  # of so many training stories of CLUTRR, one is kept for validation
-NUM_JOINED = 12_000, 600  # stories made of two, for training and for validation
+NUM_JOINED = (12_000, 0), (600, 0)  # stories made of two and of three, for training and for validation
+NUM_SHUFFLED = (8_000, 6_000), (600, 300)  # likewise with `--shuffled`
+PRONOUNS = {"He", "She", "It", "They", "We", "His", "Her", "Their", "Its"}
 SENTENCE_END = re.compile(r"\.\s+")
 DIRECTIONS = {
     "above": (0, 1), "below": (0, -1), "left": (-1, 0), "right": (1, 0), "overlap": (0, 0),
@@ -56,11 +59,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--due", action="store_true", help="stories: say from which step an answer can be known")
+    parser.add_argument("--shuffled", action="store_true", help="CLUTRR: passages in any order, and stories of three")
     parser.add_argument("--distances", type=Path, help="StepGame: a result file of how many sentences lie between")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
+    if parsed.shuffled and "f_comb" not in rows[0]:
+        parser.error(f"--shuffled: {parsed.data} does not hold CLUTRR")
     to_chains = clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else stepgame
-    chains, unknown = to_chains(rows)
+    chains, unknown = clutrr(rows, shuffled=True) if parsed.shuffled else to_chains(rows)
     if not parsed.due:
         chains = [without_due(row) for row in chains]
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
@@ -163,8 +169,8 @@ def sign(number: int) -> int:
 # -- CLUTRR --------------------------------------------------------------------------------------------------------
 
 
-def clutrr(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """Rows with a field for each person but the one that the answer is relative to."""
+def clutrr(rows: Sequence[Row], shuffled: bool = False) -> tuple[list[Row], int]:
+    """Rows with a field for each person but the one that the answer is relative to, and stories joined of them."""
     named = {name for row in rows for name in PAIR.findall(row["question"])[0]}
     composed: dict[tuple[str, ...], Counter[str]] = {}
     more: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
@@ -201,19 +207,25 @@ def clutrr(rows: Sequence[Row]) -> tuple[list[Row], int]:
             genders[name][relation in FEMALE] += 1
     gender = {name: votes.most_common(1)[0][0] for name, votes in sorted(genders.items())}
     generator = random.Random(0)
-    for stories, number in zip(held, NUM_JOINED, strict=True):
-        chains += joined(stories, {**composed, **more}, gender, number, generator)
+    for stories, (of_two, of_three) in zip(held, NUM_SHUFFLED if shuffled else NUM_JOINED, strict=True):
+        longer = joined(stories, stories, {**composed, **more}, gender, of_two, generator)
+        longest = joined(longer, stories, {**composed, **more}, gender, of_three, generator)
+        chains += longer + longest
+        for row in longer + longest if shuffled else []:
+            told = passages(row["context"])
+            row["context"] = " ".join(generator.sample(told, len(told)))
     return chains, unknown
 
 
 def joined(
-    stories: Sequence[Row],
+    nears: Sequence[Row],
+    fars: Sequence[Row],
     composed: Mapping[tuple[str, ...], Counter[str]],
     gender: Mapping[str, bool],
     number: int,
     generator: random.Random,
 ) -> list[Row]:
-    """Stories of four to six hops: the person asked about in one story is the origin of another.
+    """Longer stories: the person asked about in a near one is the origin of a far one.
 
     Where the training stories do not say how the two answers compose, the pair is passed over; of the people between,
     those have an answer for whom they do.
@@ -222,7 +234,7 @@ def joined(
     for _ in range(100 * number):  # and no more, should hardly any pair compose
         if len(rows) == number:
             break
-        near, far = generator.sample(stories, 2)
+        near, far = generator.sample(nears, 2) if nears is fars else (generator.choice(nears), generator.choice(fars))
         (middle, *_), (asked, *between) = near["fields"], far["fields"]
         ((_, first),), ((_, origin),) = PAIR.findall(near["question"]), PAIR.findall(far["question"])
         if gender.get(origin) != gender.get(middle):
@@ -252,6 +264,17 @@ def joined(
             }
         )  # fmt: skip
     return rows
+
+
+def passages(context: str) -> list[str]:
+    """A story in parts that can be told in any order: each begins with a sentence that names two people by itself."""
+    parts: list[str] = []
+    for sentence in re.split(r"(?<=[.!?])\s+", context.strip()):
+        if parts and (len(set(NAME.findall(sentence)) - PRONOUNS) < 2 or sentence.split()[0] in PRONOUNS):
+            parts[-1] += f" {sentence}"
+        else:
+            parts.append(sentence)
+    return parts
 
 
 def links(row: Row) -> tuple[str, ...]:

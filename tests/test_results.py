@@ -98,7 +98,7 @@ SONS = "Al has a son Bo. Bo has a son Cy.", "Cy Al", "son-son", "grandson"
 
 
 def test_people_between_are_fields(monkeypatch):
-    monkeypatch.setattr(chains, "NUM_JOINED", (0, 0))
+    monkeypatch.setattr(chains, "NUM_JOINED", ((0, 0), (0, 0)))
     in_law = "Di has a son Ed. Flo is the mother-in-law of Ed.", "Flo Di", "son-mother-in-law", "mother-in-law"
     three = "Gus has a son Hal. Hal has a son Ian. Ian has a son Jo.", "Jo Gus", "son-son-son", "grandson"
     named = [told("test", "", pair, "son", "son") for pair in ("Bo Ed", "Hal Ian")]  # somebody is asked about them
@@ -127,7 +127,7 @@ def test_stories_are_joined_at_a_person_of_the_same_gender():
     composed = {("grandson", "grandson"): Counter(["nephew"])}
     for split in ("train", "valid"):
         stories = [story("Al", "Bo", "Cy", split), story("Gus", "Bo", "Hal", split)]
-        [row] = chains.joined(stories, composed, gender, 1, random.Random(1))
+        [row] = chains.joined(stories, stories, composed, gender, 1, random.Random(1))
         near, far = stories if "relation to Al" in row["question"] else reversed(stories)
         asked, middle, between, other = row["fields"]
         assert (middle, between, asked) == (*near["fields"], far["fields"][0])
@@ -136,6 +136,32 @@ def test_stories_are_joined_at_a_person_of_the_same_gender():
         assert near["context"] in row["context"] and row["due"] == {"Bo": 1, middle: 2, asked: 4}
         answers = {middle: "grandson", "Bo": "son", asked: "nephew"}
         assert row["answer"] == (answers if split == "train" else {asked: "nephew"})
+
+
+def test_passages_are_told_in_any_order(monkeypatch):
+    first = "Al took his son Bo fishing. They caught nothing. His sister Cy had more luck!"
+    second = "Bo met Di at the lake. He likes Di."
+    assert chains.passages(f"{first} {second}") == [first, second]
+    monkeypatch.setattr(chains, "NUM_SHUFFLED", ((6, 4), (0, 0)))
+    monkeypatch.setattr(chains, "HOLD_OUT", 100)
+    stories = [told("train", "", "Cy Al", "grandson-grandson", "grandson")]  # held out, being the first
+    for a, b, c in (("Gus", "Hal", "Ian"), ("Kim", "Leo", "Max"), ("Ned", "Oz", "Pat")):
+        stories.append(told("train", f"{a} has a son {b}. {b} has a son {c}.", f"{c} {a}", "son-son", "grandson"))
+        stories.append(told("train", "", f"{a} Al", "brother-son", "nephew"))  # so that the origins are men
+        stories.append(told("test", "", f"{b} Al", "son", "son"))  # somebody is asked about those between
+    rows = [row for row in chains.clutrr(stories, shuffled=True)[0] if "+" in row["id"]]
+    assert [row["depth"] for row in rows] == [4] * 6 + [6] * 4
+    in_order = 0
+    for row in rows:
+        pairs = [tuple(chains.NAME.findall(passage)) for passage in chains.passages(row["context"])]
+        chain = dict(pairs)  # each has a son
+        person, found = row["question"].split()[-1].rstrip("?"), []
+        while person in chain:
+            found.append((person, chain[person]))
+            person = chain[person]
+        assert len(pairs) == row["depth"] and sorted(found) == sorted(pairs) and found[-1][1] == row["fields"][0]
+        in_order += found == pairs
+    assert in_order < len(rows)
 
 
 def test_rows_with_and_without_distractors_are_mixed_and_held_out_by_depth(monkeypatch):
