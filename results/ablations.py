@@ -1,6 +1,6 @@
 """What each part of a head is worth: a small head (2.1M), one change at a time, three seeds.
 
-    python results/ablations.py mini_sudoku                                        # about 3 hours on one core
+    python results/ablations.py mini_sudoku                                        # 4 hours on one core
     python results/ablations.py stepgame --data.path ../shared/data/stepgame_clean.jsonl
     python results/ablations.py mini_sudoku --seeds 0,2                            # part of it
     python results/ablations.py mini_sudoku --table
