@@ -117,7 +117,7 @@ def _role_examples(config: DataConfig, role: str) -> list[Example]:
             if set(parts := name.split("+")) <= set(splits):
                 splits[name] = datasets.concatenate_datasets([cast(datasets.Dataset, splits[part]) for part in parts])
     else:
-        splits = {each: _generate(config, each) for each in ("train", role)}
+        splits = {each: _generate(config, each) for each in dict.fromkeys(("train", role))}
         found = {each: (each, None) for each in ROLES}
     name, bounds = found[role]
     if name not in splits:

@@ -48,14 +48,8 @@ MAX_WRITTEN = 200  # validation answers that are written in words at each evalua
 # What a run may have otherwise than the head that it starts from; cycles only if its reasoner is trained.
 CYCLES = {"num_cycles", "num_gradient_cycles"}
 START_FREE = CYCLES | {
-    "dtype",
-    "quantization",
-    "max_steps",
-    "halting",
-    "convergence_tolerance",
-    "dropout",
-    "state_noise",
-}
+    "dtype", "quantization", "max_steps", "halting", "convergence_tolerance", "dropout", "state_noise",
+}  # fmt: skip
 NUM_KEPT, KEPT_TOKENS, KEPT_ROWS = 256, 96, 4  # texts of the frozen model's own, their length, how many an update sees
 MASTERY_ROWS = 1000  # rows over which the curriculum follows the share of right answers
 MIN_PART = 16  # rows of a part below which matrix products get slow
@@ -482,15 +476,9 @@ class Trainer:
         output.loss = output.loss + self.settings.text_loss_weight * share
         output.metrics |= {"text_loss": share.detach(), "written_right": written.float().sum() / len(ending)}
 
-    def stage(self, update: int | None = None) -> ReasonerConfig:
-        """The recursion numbers of an update, by default the next: its stage's, and others as configured."""
-        update = self.num_updates if update is None else update
-        stages = [stage for stage in self.settings.recursion_schedule if stage.start <= update]
-        names = ("num_latent_passes", "num_cycles", "max_steps")
-        given = {name: value for stage in stages[-1:] for name in names if (value := getattr(stage, name)) is not None}
-        configured = self.config.reasoner
-        most = given.get("num_cycles", configured.num_cycles)
-        return replace(configured, **given, num_gradient_cycles=min(configured.num_gradient_cycles, most))
+    def stage(self) -> ReasonerConfig:
+        """The recursion numbers of the next update."""
+        return stage_at(self.config, self.num_updates)
 
     # -- log, evaluation -------------------------------------------------------------------------------------------
 
@@ -548,7 +536,7 @@ class Trainer:
                 **({"valid_fields": fields} if several else {}),
                 **written,
             }
-            trained = self.stage(self.num_updates - 1)
+            trained = stage_at(self.config, self.num_updates - 1)
             shortened = replace(self.config.reasoner, max_steps=trained.max_steps)
             if trained.max_steps < max_steps and trained == shortened:  # the steps beyond are not trained yet
                 line["valid_accuracy_of_stage"] = float(record.right[trained.max_steps - 1].float().mean())
@@ -665,6 +653,15 @@ def ema_decay(longest: float, num_updates: int) -> float:
     return min(longest, (1 + num_updates) / (10 + num_updates))
 
 
+def stage_at(config: RunConfig, update: float) -> ReasonerConfig:
+    """The recursion numbers of an update: its stage's, and what the stage leaves out as configured."""
+    stages = [stage for stage in config.training.recursion_schedule if stage.start <= update]
+    names = ("num_latent_passes", "num_cycles", "max_steps")
+    given = {name: value for stage in stages[-1:] for name in names if (value := getattr(stage, name)) is not None}
+    most = given.get("num_cycles", config.reasoner.num_cycles)
+    return replace(config.reasoner, **given, num_gradient_cycles=min(config.reasoner.num_gradient_cycles, most))
+
+
 def learning_rate(settings: TrainingConfig, update: int) -> float:
     """Linear warm-up, then constant, or cosine to a tenth of the peak."""
     warm = min(1.0, (update + 1) / max(1, settings.warmup_updates))
@@ -777,8 +774,7 @@ def check_due(config: RunConfig, examples: Sequence[Example]) -> None:
         ValueError: One is due later than the last step.
     """
     latest = max((max(example.due) for example in examples if example.due), default=1)
-    stages = [stage.max_steps for stage in config.training.recursion_schedule[-1:]]
-    max_steps = next((number for number in stages if number is not None), config.reasoner.max_steps)
+    max_steps = stage_at(config, math.inf).max_steps
     if latest > max_steps:
         raise ValueError(
             f"an answer is due from step {latest} on, and training ends with {max_steps} steps at most: raise "
