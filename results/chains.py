@@ -23,6 +23,7 @@ import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ def main(arguments: Sequence[str]) -> None:
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     if parsed.shuffled and "f_comb" not in rows[0]:
         parser.error(f"--shuffled: {parsed.data} does not hold CLUTRR")
-    to_chains = clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else stepgame
-    chains, unknown = clutrr(rows, shuffled=True) if parsed.shuffled else to_chains(rows)
+    of_clutrr = partial(clutrr, shuffled=parsed.shuffled)
+    to_chains = of_clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else stepgame
+    chains, unknown = to_chains(rows)
     if not parsed.due:
         chains = [without_due(row) for row in chains]
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
@@ -206,10 +208,10 @@ def clutrr(rows: Sequence[Row], shuffled: bool = False) -> tuple[list[Row], int]
         for name, relation in row["answer"].items():
             genders[name][relation in FEMALE] += 1
     gender = {name: votes.most_common(1)[0][0] for name, votes in sorted(genders.items())}
-    generator = random.Random(0)
+    generator, known_pairs = random.Random(0), {**composed, **more}
     for stories, (of_two, of_three) in zip(held, NUM_SHUFFLED if shuffled else NUM_JOINED, strict=True):
-        longer = joined(stories, stories, {**composed, **more}, gender, of_two, generator)
-        longest = joined(longer, stories, {**composed, **more}, gender, of_three, generator)
+        longer = joined(stories, stories, known_pairs, gender, of_two, generator)
+        longest = joined(longer, stories, known_pairs, gender, of_three, generator)
         chains += longer + longest
         for row in longer + longest if shuffled else []:
             told = passages(row["context"])
