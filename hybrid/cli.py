@@ -195,6 +195,7 @@ def command_eval(arguments: Sequence[str]) -> None:
         plot_steps,
         provenance,
         run_rollouts,
+        train_device,
         train_seconds,
         write_results,
     )
@@ -232,6 +233,7 @@ def command_eval(arguments: Sequence[str]) -> None:
         "split": getattr(config.data, f"{role}_split"),
         "data": source,
         "train_seconds": train_seconds(folder),
+        "train_device": train_device(folder),
         **figures,
         "baselines": [],
         **harness_fields(Path(source).stem, figures, str(folder), seed),

@@ -256,9 +256,17 @@ def evaluate_head(
 
 def train_seconds(head: Path) -> float | None:
     """Seconds of training, from the log of the run, if it lies in the folder of a released head or above a run's."""
+    return max((line["seconds"] for line in _log_lines(head) if "seconds" in line), default=None)
+
+
+def train_device(head: Path) -> str | None:
+    """Device of training, from the same log; logs of older versions do not say it."""
+    return next((line["device"] for line in reversed(_log_lines(head)) if "device" in line), None)
+
+
+def _log_lines(head: Path) -> list[dict[str, Any]]:
     log = next((path for path in (head / "log.jsonl", head.parent / "log.jsonl") if path.exists()), None)
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log is not None else []
-    return max((line["seconds"] for line in lines if "seconds" in line), default=None)
+    return [json.loads(line) for line in log.read_text().splitlines()] if log is not None else []
 
 
 COSTS = {
@@ -266,6 +274,16 @@ COSTS = {
     "training, seconds": ("train_seconds", "{:,.0f}"),
     "one answer, milliseconds": ("milliseconds_per_question", "{:,.0f}"),
 }
+
+
+def cost_cell(system: dict[str, Any], key: str) -> str:
+    """A cost, with the name of the GPU it was measured on, if it was one; a dash where it is not known."""
+    if system.get(key) is None:
+        return "–"
+    text = next(form for name, form in COSTS.values() if name == key).format(system[key])
+    where = {"train_seconds": "train_device", "milliseconds_per_question": "device"}.get(key)
+    device = system.get(where) or ""
+    return f"{text} ({device.removeprefix('NVIDIA ')})" if device and "threads" not in device else text
 
 
 def accuracy_cell(row: dict[str, Any]) -> str:
@@ -293,8 +311,8 @@ def accuracy_lines(results: dict[str, Any], *others: dict[str, Any]) -> str:
     if results.get("num_fields", 1) > 1:
         cells = [f"{system['field_accuracy']:.3f}" if "field_accuracy" in system else "–" for system in systems]
         lines.append("| single fields | | " + " | ".join(cells) + " |")
-    for name, (key, form) in COSTS.items():
-        cells = [form.format(system[key]) if system.get(key) is not None else "–" for system in systems]
+    for name, (key, _) in COSTS.items():
+        cells = [cost_cell(system, key) for system in systems]
         if set(cells) != {"–"}:
             lines.append(f"| {name} | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -340,7 +358,7 @@ def provenance(command: str, seed: int) -> dict[str, Any]:
         "hybrid_version": __version__,
         "package_versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": device_name(),
         "num_threads": torch.get_num_threads(),
     }
 
@@ -354,7 +372,10 @@ def _git_hash() -> str | None:
     return run.stdout.strip()
 
 
-def _cpu_name() -> str:
+def device_name() -> str:
+    """The GPU, or the processor and how many threads it is used with."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     return f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads"
 
 

@@ -19,7 +19,7 @@ import ablations
 from written import table as written_table
 
 from hybrid.bench import markdown_table
-from hybrid.evaluation import COSTS, accuracy_cell, accuracy_lines, harness_lines
+from hybrid.evaluation import COSTS, accuracy_cell, accuracy_lines, cost_cell, harness_lines
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (table|file|summary|ablations): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -72,7 +72,7 @@ def summary(sets: Sequence[str]) -> str:
             ] or [found]
         for number, system in enumerate(systems):
             *_, deepest, every = system["accuracy_by_depth"]
-            costs = [form.format(system[key]) if system.get(key) is not None else "–" for key, form in COSTS.values()]
+            costs = [cost_cell(system, key) for key, _ in COSTS.values()]
             shown = f"[{name.removesuffix('_smollm2')}](results/{name}/)" if number == 0 else ""
             cells = [
                 shown,
