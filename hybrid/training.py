@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from hybrid.batches import EmbeddedExamples, common_fields, common_places, embed
 from hybrid.config import HybridConfig, ReasonerConfig, RunConfig, TrainingConfig, to_plain
 from hybrid.data import Example, data_fingerprint, load_examples
 from hybrid.decoder import FieldBatch
-from hybrid.evaluation import by_depth, run_steps, run_text
+from hybrid.evaluation import by_depth, device_name, run_steps, run_text
 from hybrid.generation import answer_text, answer_text_loss, keep_loss, own_texts
 from hybrid.hub import check_head_folder
 from hybrid.losses import all_fields_right
@@ -476,6 +477,11 @@ class Trainer:
         output.loss = output.loss + self.settings.text_loss_weight * share
         output.metrics |= {"text_loss": share.detach(), "written_right": written.float().sum() / len(ending)}
 
+    @cached_property
+    def data(self) -> str:
+        """Hash of the training examples, taken once: of many rows of many fields it takes seconds."""
+        return data_fingerprint(self.train.examples)
+
     def stage(self) -> ReasonerConfig:
         """The recursion numbers of the next update."""
         return stage_at(self.config, self.num_updates)
@@ -533,6 +539,7 @@ class Trainer:
                 "valid_accuracy": accuracy,
                 "valid_by_depth": depths,
                 "valid_steps": steps,
+                "device": device_name(),
                 **({"valid_fields": fields} if several else {}),
                 **written,
             }
@@ -589,7 +596,7 @@ class Trainer:
             return
         checkpoint = {
             "config": to_plain(self.config),
-            "data": data_fingerprint(self.train.examples),
+            "data": self.data,
             "num_updates": self.num_updates,
             "seconds": self.seconds,
             "best_score": self.best_score,
@@ -613,7 +620,7 @@ class Trainer:
         Raises:
             ValueError: The training data are not those of the run that was stopped.
         """
-        if checkpoint.get("data") not in (None, data_fingerprint(self.train.examples)):
+        if checkpoint.get("data") not in (None, self.data):
             raise ValueError("--resume: the training data have changed since the run was stopped; use a new folder")
         for name in ("num_updates", "seconds", "best_accuracy", "num_bad", "window"):
             setattr(self, name, checkpoint[name])
