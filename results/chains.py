@@ -10,7 +10,9 @@ compose, in CLUTRR, is how they do in a story of two. PrOntoQA: which concepts d
 Training rows carry these answers, and those of CLUTRR that are held out for validation. In the others the fields are
 asked, too, and the answer to the question alone counts. With `--due` an answer that lies two sentences away is asked
 for from the second refinement step on, and so forth, and is `unknown` before. With `--shuffled` some stories of CLUTRR
-are made of three, and all passages of joined stories are told in any order, as in its test stories.
+are made of three, and all passages of joined stories are told in any order, as in its test stories. With `--renamed`
+every training story of CLUTRR has names drawn for it: its few families recur, so that who is asked about tells the
+answer of nine in ten questions of two and three hops, and what the story says need not be read.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from prontoqa_shortcut import SENTENCE, belongs_to, facts, singular
 
 from hybrid.backbone import one_text
-from hybrid.evaluation import provenance, write_results
+from hybrid.evaluation import accuracy_row, provenance, write_results
 
 AGENT = re.compile(r"\b[A-Z]\b")
 NAME = re.compile(r"\b[A-Z][a-z]+\b")
@@ -43,6 +46,30 @@ FEMALE = {
 HOLD_OUT = 20  # of so many training stories of CLUTRR, one is kept for validation
 NUM_JOINED = (12_000, 0), (600, 0)  # stories made of two and of three, for training and for validation
 NUM_SHUFFLED = (8_000, 6_000), (600, 300)  # likewise with `--shuffled`
+FEMALE_NAMES = """
+Mary Patricia Jennifer Linda Elizabeth Barbara Susan Jessica Karen Sarah Lisa Nancy Sandra Ashley Emily Kimberly
+Betty Margaret Donna Michelle Carol Amanda Melissa Deborah Stephanie Rebecca Sharon Laura Cynthia Amy Kathleen
+Angela Dorothy Shirley Emma Brenda Nicole Pamela Samantha Anna Katherine Christine Debra Rachel Olivia Carolyn
+Maria Janet Heather Diane Catherine Julie Victoria Helen Joyce Lauren Kelly Christina Joan Judith Ruth Hannah
+Evelyn Andrea Virginia Megan Cheryl Jacqueline Madison Sophia Abigail Teresa Isabella Sara Janice Martha Gloria
+Kathryn Ann Charlotte Judy Amber Julia Grace Denise Danielle Natalie Alice Marilyn Diana Beverly Jean Brittany
+Theresa Frances Kayla Alexis Tiffany Lori Kathy Beatrice Rosemary Claudia Yolanda Marguerite Priscilla Loretta
+Wilma Eunice Bernadette Ernestine Ramona Henrietta Geraldine Mildred Lucinda Delores Constance Guadalupe Antoinette
+Agnes Bertha Camille Daphne Edith Fiona Gwendolyn Harriet Ingrid Jolene Keisha Lavonne Maribel Nadine Opal Paulette
+Queenie Rhoda Sylvia Tamara Ursula Velma Winifred Xiomara Yvonne Zelda Adela Blanca Cecilia Dolly
+""".split()  # a hundred names common in the United States, and fifty rarer ones
+MALE_NAMES = """
+James Michael Robert John David William Richard Joseph Thomas Christopher Charles Daniel Matthew Anthony Mark
+Donald Steven Andrew Paul Joshua Kenneth Kevin Brian Timothy Ronald George Jason Edward Jeffrey Ryan Jacob Nicholas
+Gary Eric Jonathan Stephen Larry Justin Scott Brandon Benjamin Samuel Gregory Alexander Patrick Frank Raymond Jack
+Dennis Jerry Tyler Aaron Jose Adam Nathan Henry Zachary Douglas Peter Kyle Noah Ethan Jeremy Christian Walter Keith
+Austin Roger Terry Sean Gerald Carl Dylan Harold Jordan Jesse Bryan Lawrence Arthur Gabriel Bruce Logan Billy Joe
+Alan Juan Elijah Willie Albert Wayne Randy Mason Vincent Liam Roy Bobby Caleb Bradley Russell Lucas Cedric Reginald
+Salvador Clifford Percy Rudolph Ignacio Ferdinand Leopold Bartholomew Humberto Sylvester Milton Clarence Wendell
+Emanuel Archie Rufus Alonzo Barney Cornell Darnell Efrain Floyd Garrett Horace Irving Jarvis Kurt Lionel Mortimer
+Neville Orlando Preston Quentin Rodrigo Seymour Theodore Ulysses Vernon Wilbur Xavier Yusuf Zane Abdul Boris Cyrus
+Desmond Emilio Felix
+""".split()
 PRONOUNS = {"He", "She", "It", "They", "We", "His", "Her", "Their", "Its"}
 SENTENCE_END = re.compile(r"\.\s+")
 DIRECTIONS = {
@@ -61,21 +88,28 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--due", action="store_true", help="stories: say from which step an answer can be known")
     parser.add_argument("--shuffled", action="store_true", help="CLUTRR: passages in any order, and stories of three")
+    parser.add_argument("--renamed", action="store_true", help="CLUTRR: other names in every training story")
+    parser.add_argument(
+        "--joined", type=int, nargs=2, metavar=("TWO", "THREE"), help="CLUTRR: stories made of so many"
+    )
+    parser.add_argument("--names", type=Path, help="CLUTRR: a result file of what names alone answer")
     parser.add_argument("--distances", type=Path, help="StepGame: a result file of how many sentences lie between")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
-    if parsed.shuffled and "f_comb" not in rows[0]:
-        parser.error(f"--shuffled: {parsed.data} does not hold CLUTRR")
-    of_clutrr = partial(clutrr, shuffled=parsed.shuffled)
+    if (parsed.shuffled or parsed.renamed or parsed.joined or parsed.names) and "f_comb" not in rows[0]:
+        parser.error(f"--shuffled, --renamed, --joined, --names: {parsed.data} does not hold CLUTRR")
+    of_clutrr = partial(clutrr, shuffled=parsed.shuffled, renamed=parsed.renamed, num_joined=parsed.joined)
     to_chains = of_clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else stepgame
     chains, unknown = to_chains(rows)
     if not parsed.due:
         chains = [without_due(row) for row in chains]
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     parsed.output.write_text("".join(json.dumps(row) + "\n" for row in chains))
+    command = shlex.join(["python", "results/chains.py", *arguments])
     if parsed.distances:
-        command = shlex.join(["python", "results/chains.py", *arguments])
         write_results(parsed.distances, {"distances": distances(rows), **provenance(command, seed=0)})
+    if parsed.names:
+        write_results(parsed.names, {"names_alone": by_names(rows), **provenance(command, seed=0)})
     print(f"{len(chains)} rows, {unknown} training rows of them without the answers on the way")
 
 
@@ -171,7 +205,9 @@ def sign(number: int) -> int:
 # -- CLUTRR --------------------------------------------------------------------------------------------------------
 
 
-def clutrr(rows: Sequence[Row], shuffled: bool = False) -> tuple[list[Row], int]:
+def clutrr(
+    rows: Sequence[Row], shuffled: bool = False, renamed: bool = False, num_joined: Sequence[int] | None = None
+) -> tuple[list[Row], int]:
     """Rows with a field for each person but the one that the answer is relative to, and stories joined of them."""
     named = {name for row in rows for name in PAIR.findall(row["question"])[0]}
     composed: dict[tuple[str, ...], Counter[str]] = {}
@@ -209,14 +245,49 @@ def clutrr(rows: Sequence[Row], shuffled: bool = False) -> tuple[list[Row], int]
             genders[name][relation in FEMALE] += 1
     gender = {name: votes.most_common(1)[0][0] for name, votes in sorted(genders.items())}
     generator, known_pairs = random.Random(0), {**composed, **more}
-    for stories, (of_two, of_three) in zip(held, NUM_SHUFFLED if shuffled else NUM_JOINED, strict=True):
+    for_training, for_validation = NUM_SHUFFLED if shuffled else NUM_JOINED
+    for stories, (of_two, of_three) in zip(held, (num_joined or for_training, for_validation), strict=True):
         longer = joined(stories, stories, known_pairs, gender, of_two, generator)
         longest = joined(longer, stories, known_pairs, gender, of_three, generator)
         chains += longer + longest
         for row in longer + longest if shuffled else []:
             told = passages(row["context"])
             row["context"] = " ".join(generator.sample(told, len(told)))
+    if renamed:
+        chains = [with_names(row, gender, generator) if row["split"] in ("train", "valid") else row for row in chains]
     return chains, unknown
+
+
+def with_names(row: Row, gender: Mapping[str, bool], generator: random.Random) -> Row:
+    """The story with other names for its people; every fifth name is kept for validation."""
+    new: dict[str, str] = {}
+    ((_, origin),) = PAIR.findall(row["question"])
+    for name in (*row["fields"], origin):
+        female = gender.get(name, generator.random() < 0.5)
+        names = FEMALE_NAMES if female else MALE_NAMES
+        own = [name for number, name in enumerate(names) if (number % 5 == 0) == (row["split"] == "valid")]
+        new[name] = generator.choice([name for name in own if name not in new.values()])
+
+    def told(text: str) -> str:
+        return NAME.sub(lambda match: new.get(match[0], match[0]), text)
+
+    by_name = {key: {new[name]: value for name, value in row[key].items()} for key in ("answer", "due")}
+    texts = {key: told(row[key]) for key in ("context", "question")}
+    return row | by_name | texts | {"fields": [new[name] for name in row["fields"]]}
+
+
+def by_names(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How many test questions the two names alone answer: what training most often says of the pair, if it has it."""
+    seen: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        if row["split"] == "train":
+            seen[PAIR.findall(row["question"])[0]][row["answer"]] += 1
+    right: dict[int, list[bool]] = defaultdict(list)
+    for row in rows:
+        if row["split"] == "test":
+            votes = seen.get(PAIR.findall(row["question"])[0])
+            right[row["depth"]].append(votes is not None and votes.most_common(1)[0][0] == row["answer"])
+    return [{"depth": depth, **accuracy_row(torch.tensor(values))} for depth, values in sorted(right.items())]
 
 
 def joined(

@@ -7,6 +7,8 @@ rule believes the one whose concept is also what another sentence calls somethin
 distractors never are. `--harder FILE` writes the questions with more sentences, a chain to the distractor from
 concepts that nobody belongs to: answers stay, that shortcut is gone. `--mixed FILE` writes rows that lead to the rule:
 questions without distractors teach what the answer is once the sentence is found, those with distractors which it is.
+With `--copies` each training row of it comes again with its concepts exchanged at random (wumpuses for yumpuses), so
+that stories are harder to know by heart.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ CONCEPTS = {
     "shumpus", "lempus", "sterpus", "grimpus", "lorpus", "brimpus",
 }  # fmt: skip
 SPLITS = ("train", "valid", "test")  # those with distractors
-TRAIN_ROWS = 1100  # of --mixed, a depth with distractors
+NUM_HELD_OUT = 100  # of --mixed, a depth
+CONCEPT = re.compile(rf"\b(an? )?({'|'.join(sorted(CONCEPTS))})", re.IGNORECASE)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -46,11 +49,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--properties", action="store_true", help="of --facts: not only concepts")
     parser.add_argument("--mixed", type=Path, help="questions with distractors, and easy ones without")
     parser.add_argument("--deepest", type=int, default=4, help="of --mixed: hops of the deepest")
+    parser.add_argument("--rows", type=int, default=1100, help="of --mixed: at most so many with distractors a depth")
     parser.add_argument("--easy", type=int, default=300, help="of --mixed: easy ones of one hop, and of two")
+    parser.add_argument("--copies", type=int, default=1, help="of --mixed: how often each training row comes")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     if parsed.mixed:
-        lines = (json.dumps(row) for row in mixed(rows, parsed.deepest, parsed.easy))
+        lines = (json.dumps(row) for row in mixed(rows, parsed.deepest, parsed.rows, parsed.easy, parsed.copies))
         parsed.mixed.write_text("".join(f"{line}\n" for line in lines))
     rows = [row for row in rows if row["split"] in SPLITS]
     right: dict[tuple[str, int], list[bool]] = defaultdict(list)
@@ -115,23 +120,42 @@ def belongs_to(subject: str, known: Sequence[tuple[str, bool, str]], concepts: s
     return is_a
 
 
-def mixed(rows: Sequence[dict[str, Any]], deepest: int, num_easy: int) -> list[dict[str, Any]]:
-    """Training rows with and without distractors; the last hundred of a depth are for validation.
+def mixed(
+    rows: Sequence[dict[str, Any]], deepest: int, num_rows: int, num_easy: int, num_copies: int
+) -> list[dict[str, Any]]:
+    """Training rows with and without distractors; the last hundred of what is taken of a depth are for validation.
 
     The depth of easy rows is ten more, so that validation tells them apart.
     """
-    found, seen = [], Counter()
+    found: list[dict[str, Any]] = []
+    generator, seen, total = random.Random(1), Counter(), Counter((row["split"], row["depth"]) for row in rows)
     for row in rows:
         key, is_easy = (row["split"], row["depth"]), row["split"] == "train_nodistractor"
         if not (row["split"] == "train" and row["depth"] <= deepest or is_easy and row["depth"] <= 2):
             continue
         seen[key] += 1
-        is_held_out = seen[key] > TRAIN_ROWS
-        if is_easy and num_easy < seen[key] <= TRAIN_ROWS or seen[key] > TRAIN_ROWS + 100:
+        size = min(num_rows, total[key] - NUM_HELD_OUT)
+        is_held_out = seen[key] > size
+        if is_easy and num_easy < seen[key] <= size or seen[key] > size + NUM_HELD_OUT:
             continue
-        found.append({name: value for name, value in row.items() if name != "steps"})
-        found[-1] |= {"split": "valid" if is_held_out else "train", "depth": row["depth"] + 10 * is_easy}
+        kept = {name: value for name, value in row.items() if name != "steps"}
+        kept |= {"split": "valid" if is_held_out else "train", "depth": row["depth"] + 10 * is_easy}
+        copies = range(1, 1 if is_held_out else num_copies)
+        found += [kept, *(with_concepts(kept, generator) | {"id": f"{row['id']}+{copy}"} for copy in copies)]
     return random.Random(0).sample(found, len(found))
+
+
+def with_concepts(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
+    """The row with its concepts exchanged for others, one for one."""
+    new = dict(zip(sorted(CONCEPTS), generator.sample(sorted(CONCEPTS), len(CONCEPTS)), strict=True))
+
+    def other(match: re.Match[str]) -> str:
+        word = new[match[2].lower()]
+        article = {None: "", "a": "an " if word[0] in "aeiou" else "a "}[match[1] and match[1][0].lower()]
+        text = article + word
+        return text.capitalize() if match[0][0].isupper() else text
+
+    return row | {"context": CONCEPT.sub(other, row["context"]), "question": CONCEPT.sub(other, row["question"])}
 
 
 def facts(text: str) -> list[tuple[str, bool, str]]:

@@ -7,6 +7,7 @@ import random
 import sys
 from collections import Counter
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,9 @@ from test_training import write_data
 from torch import nn
 
 from hybrid.backbone import load_backbone
+from hybrid.cli import run_config
 from hybrid.config import BackboneConfig, TextConfig, to_plain
+from hybrid.data import load_examples
 from hybrid.model import HybridModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
@@ -27,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 import ablations
 import chains
 import prontoqa_shortcut
+import puzzles
 import render
 import trm
 import written
@@ -57,6 +61,25 @@ def test_facts_of_a_story_are_fields_beside_its_answer():
     new = with_facts(row, properties=True)
     assert new["answer"] == {"answer": "True", **concepts, "wooden": "False"} and "steps" not in new
     assert new["fields"] == list(new["answer"])
+
+
+def test_copies_of_a_story_have_other_concepts_and_the_same_answer():
+    def row(split: str, number: int) -> dict[str, Any]:
+        name, question = f"{split}-{number}", "True or false: Max is not wooden."
+        texts = {"context": f"{CONTEXT} An impus is {number}.", "question": question}
+        return {"id": name, "split": split, "depth": 2, **texts, "answer": "True", "choices": [], "steps": ["…"]}
+
+    rows = [row(split, number) for split in ("train", "train_nodistractor") for number in range(103)]
+    found = prontoqa_shortcut.mixed(rows, deepest=2, num_rows=2, num_easy=1, num_copies=3)
+    counts = Counter((new["split"], new["depth"]) for new in found)
+    assert counts == {("train", 2): 6, ("valid", 2): 100, ("train", 12): 3, ("valid", 12): 100}
+    assert not any("steps" in new for new in found) and len({new["id"] for new in found}) == len(found)
+    for new in found:
+        assert by_rule(new) == new["answer"] == "True"  # as the rule says of the story that it is a copy of
+        assert (CONTEXT in new["context"]) == ("+" not in new["id"])
+        words = new["context"].lower().split()
+        assert all(after[0] in "aeiou" for article, after in pairwise(words) if article == "an")
+        assert all(after[0] not in "aeiou" for article, after in pairwise(words) if article == "a")
 
 
 def test_agents_between_are_fields_that_are_due_after_so_many_sentences():
@@ -138,6 +161,49 @@ def test_stories_are_joined_at_a_person_of_the_same_gender():
         assert row["answer"] == (answers if split == "train" else {asked: "nephew"})
 
 
+def test_people_get_names_that_validation_does_not_share():
+    row = told("train", *SONS) | {"fields": ["Cy", "Bo"], "answer": {"Cy": "grandson", "Bo": "son"}, "due": {"Bo": 1}}
+    names, gender = {"train": set(), "valid": set()}, {"Al": False, "Bo": False, "Cy": True}
+    for seed in range(200):
+        for split in names:
+            new = chains.with_names(row | {"split": split}, gender, random.Random(seed))
+            cy, bo = new["fields"]
+            ((asked, al),) = chains.PAIR.findall(new["question"])
+            assert (asked, len({al, bo, cy})) == (cy, 3)
+            assert new["context"] == f"{al} has a son {bo}. {bo} has a son {cy}."
+            assert new["answer"] == {cy: "grandson", bo: "son"} and new["due"] == {bo: 1}
+            assert cy in chains.FEMALE_NAMES and {al, bo} <= set(chains.MALE_NAMES)
+            names[split] |= {al, bo, cy}
+    assert not names["train"] & names["valid"] and len(names["valid"]) > 40
+
+
+def test_names_alone_answer_what_training_says_of_the_pair():
+    rows = [told("train", *SONS), told("test", *SONS), told("test", "", "Al Cy", "son-son", "grandson")]
+    [row] = chains.by_names(rows)
+    assert (row["depth"], row["n"], row["accuracy"]) == (2, 2, 0.5)
+
+
+def test_generated_puzzles_are_written_with_published_ones(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    fields = [{"name": "Ann", "options": ["knight", "knave"]}]
+    published = [
+        {"id": f"{split}-{depth}", "split": split, "depth": depth, "context": "Ann is there.", "question": "Who?",
+         "fields": fields, "answer": {"Ann": "knight"}}
+        for split, depth in (("train", 2), ("train", 7), ("test", 2))
+    ]  # fmt: skip
+    (tmp_path / "published.jsonl").write_text("".join(json.dumps(row) + "\n" for row in published))
+    config = str(Path(__file__).parent.parent / "configs" / "islanders_smollm2.yaml")
+    out, flags = str(tmp_path / "rows.jsonl"), ["--data.max_train_examples", "5", "--data.max_eval_examples", "5"]
+    puzzles.main([config, "--output", out, "--published", str(tmp_path / "published.jsonl"), *flags])
+    rows = [json.loads(line) for line in Path(out).read_text().splitlines()]
+    assert [row["id"] for row in rows[-2:]] == ["train-2+0", "train-2+1"] and len(rows) == 17
+    generated = load_examples(run_config([config, *flags], "train")[0].data, "train")
+    again = load_examples(
+        run_config([config, "--data.path", out, "--data.max_train_examples", "99"], "train")[0].data, "train"
+    )
+    assert [(row.fields, row.answers) for row in again[:5]] == [(row.fields, row.answers) for row in generated]
+
+
 def test_passages_are_told_in_any_order(monkeypatch):
     first = "Al took his son Bo fishing. They caught nothing. His sister Cy had more luck!"
     second = "Bo met Di at the lake. He likes Di."
@@ -165,12 +231,12 @@ def test_passages_are_told_in_any_order(monkeypatch):
 
 
 def test_rows_with_and_without_distractors_are_mixed_and_held_out_by_depth(monkeypatch):
-    monkeypatch.setattr(prontoqa_shortcut, "TRAIN_ROWS", 3)
+    monkeypatch.setattr(prontoqa_shortcut, "NUM_HELD_OUT", 2)
     rows = [
         {"id": f"{split} {depth} {n}", "split": split, "depth": depth, "steps": []}
         for split in ("train", "train_nodistractor", "test") for depth in (1, 2, 3) for n in range(5)
     ]  # fmt: skip
-    found = prontoqa_shortcut.mixed(rows, deepest=2, num_easy=1)
+    found = prontoqa_shortcut.mixed(rows, deepest=2, num_rows=3, num_easy=1, num_copies=1)
     counts = Counter((row["split"], row["depth"]) for row in found)
     assert counts == {("train", 1): 3, ("train", 2): 3, ("train", 11): 1, ("train", 12): 1} | {
         ("valid", depth): 2 for depth in (1, 2, 11, 12)
