@@ -280,9 +280,8 @@ def cost_cell(system: dict[str, Any], key: str) -> str:
     """A cost, with the name of the GPU it was measured on, if it was one; a dash where it is not known."""
     if system.get(key) is None:
         return "–"
-    text = next(form for name, form in COSTS.values() if name == key).format(system[key])
-    where = {"train_seconds": "train_device", "milliseconds_per_question": "device"}.get(key)
-    device = system.get(where) or ""
+    text = dict(COSTS.values())[key].format(system[key])
+    device = system.get({"train_seconds": "train_device", "milliseconds_per_question": "device"}.get(key, ""))
     return f"{text} ({device.removeprefix('NVIDIA ')})" if device and "threads" not in device else text
 
 

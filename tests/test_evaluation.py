@@ -15,6 +15,7 @@ from hybrid.evaluation import (
     accuracy_row,
     by_depth,
     calibration,
+    cost_cell,
     evaluate_head,
     harness_fields,
     plot_steps,
@@ -22,6 +23,8 @@ from hybrid.evaluation import (
     run_rollouts,
     run_steps,
     summarize,
+    train_device,
+    train_seconds,
     wilson_interval,
     write_results,
 )
@@ -140,3 +143,15 @@ def test_result_file_has_what_a_number_needs(model, embedded, tmp_path):
         )
     with pytest.raises(ValueError, match=r"steps=\[0\]"):
         evaluate_head(model, embedded, [0], progress=False)
+
+
+def test_costs_say_on_which_gpu_they_were_measured(tmp_path):
+    lines = [{"seconds": 5}, {"valid_accuracy": 0.5, "device": "NVIDIA H200"}, {"seconds": 1234.5}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert (train_seconds(tmp_path), train_device(tmp_path / "best")) == (1234.5, "NVIDIA H200")
+    system = {"train_seconds": 1234.5, "train_device": "NVIDIA H200"}
+    system |= {"milliseconds_per_question": 7.2, "device": "some processor, 2 threads"}
+    assert cost_cell(system, "train_seconds") == "1,234 (H200)"
+    assert cost_cell(system, "milliseconds_per_question") == "7"
+    assert cost_cell(system, "num_parameters") == "–"
+    assert cost_cell({"train_seconds": 9.0}, "train_seconds") == "9"
