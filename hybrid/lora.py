@@ -7,6 +7,7 @@ tokens (Hu et al. 2021, arXiv:2106.09685).
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
             seed=settings.seed,
         ),
         train_dataset=_rows(backbone, examples, config.text),  # ty: ignore[invalid-argument-type]  a list is a map-style data set
-        data_collator=DataCollatorForSeq2Seq(backbone.tokenizer, label_pad_token_id=IGNORED),
+        data_collator=DataCollatorForSeq2Seq(_padding(backbone.tokenizer), label_pad_token_id=IGNORED),
         callbacks=[_Log(folder / "log.jsonl")],
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -158,6 +159,14 @@ def _rows(backbone: Backbone, examples: Sequence[Example], text: TextConfig) -> 
         }
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
+
+
+def _padding(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy that pads with any token: rows bring their masks, and padding has no labels."""
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 class _Log(TrainerCallback):

@@ -11,13 +11,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_training import write_data
+from transformers import DataCollatorForSeq2Seq
 
 from hybrid.backbone import load_backbone
 from hybrid.baselines import zero_shot
 from hybrid.cli import main
 from hybrid.config import BackboneConfig, DataConfig, RunConfig, TextConfig, TrainingConfig, to_plain
 from hybrid.data import load_examples
-from hybrid.lora import _Log, _rows, evaluate_lora, train_lora
+from hybrid.lora import _Log, _padding, _rows, evaluate_lora, train_lora
+from hybrid.losses import IGNORED
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft uses it
 
@@ -45,6 +47,19 @@ def test_lora_learns_what_the_frozen_model_cannot(config):
     tensors = load_file(Path(config.training.output_folder) / "best" / "adapter_model.safetensors")
     assert result["num_parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert result["train_seconds"] > 0
+
+
+def test_a_tokenizer_without_padding_pads_all_the_same(config):
+    backbone = load_backbone(config.backbone)
+    rows = _rows(backbone, load_examples(config.data, "train"), config.text)
+    short, long = min(rows, key=lambda row: len(row["labels"])), max(rows, key=lambda row: len(row["labels"]))
+    backbone.tokenizer.pad_token = None
+    padded = DataCollatorForSeq2Seq(_padding(backbone.tokenizer), label_pad_token_id=IGNORED)([short, long])
+    assert backbone.tokenizer.pad_token is None and padded["input_ids"].shape == (2, len(long["labels"]))
+    assert padded["attention_mask"].sum(1).tolist() == [len(short["labels"]), len(long["labels"])]
+    assert (padded["labels"] != IGNORED).sum(1).tolist() == [
+        sum(label != IGNORED for label in row["labels"]) for row in (short, long)
+    ]
 
 
 def test_lora_in_words_has_the_rows_of_a_text_decoder(config):
