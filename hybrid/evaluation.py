@@ -282,7 +282,7 @@ def cost_cell(system: dict[str, Any], key: str) -> str:
         return "–"
     text = dict(COSTS.values())[key].format(system[key])
     device = system.get({"train_seconds": "train_device", "milliseconds_per_question": "device"}.get(key, ""))
-    return f"{text} ({device.removeprefix('NVIDIA ')})" if device and "threads" not in device else text
+    return f"{text} ({device.removeprefix('NVIDIA ')})" if device and not _is_cpu(device) else text
 
 
 def accuracy_cell(row: dict[str, Any]) -> str:
@@ -376,6 +376,10 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads"
+
+
+def _is_cpu(device: str) -> bool:
+    return device.endswith(" threads")  # as `device_name` has it
 
 
 def harness_fields(name: str, figures: dict[str, Any], model_arguments: str, seed: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from hybrid.backbone import Backbone, load_backbone
 from hybrid.baselines import answer_prompt, zero_shot
 from hybrid.config import BackboneConfig, RunConfig, TextConfig, to_plain
 from hybrid.data import Example, load_examples
-from hybrid.evaluation import by_depth, train_seconds
+from hybrid.evaluation import by_depth, device_name, train_device, train_seconds
 from hybrid.generation import answer_text, answer_token_ids, greedy_texts, is_answer
 from hybrid.losses import IGNORED
 
@@ -103,7 +103,8 @@ def evaluate_lora(folder: Path, config: RunConfig, examples: Sequence[Example]) 
     tuned, num_parameters = load_lora(folder, config.backbone)
     figures = _written(tuned, config.text, examples) if config.text.enabled else zero_shot(tuned, examples)
     name = "LoRA, in words" if config.text.enabled else "LoRA"
-    return {**figures, "name": name, "num_parameters": num_parameters, "train_seconds": train_seconds(folder)}
+    costs = {"num_parameters": num_parameters, "train_seconds": train_seconds(folder)}
+    return {**figures, "name": name, **costs, "train_device": train_device(folder)}
 
 
 def _written(tuned: Backbone, text: TextConfig, examples: Sequence[Example]) -> dict[str, Any]:
@@ -185,6 +186,7 @@ class _Log(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a line; the last one holds the totals."""
         if state.is_world_process_zero:
-            line = {"update": state.global_step, **logs, "seconds": round(time.monotonic() - self.start, 2)}
+            seconds = round(time.monotonic() - self.start, 2)
+            line = {"update": state.global_step, **logs, "seconds": seconds, "device": device_name()}
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")

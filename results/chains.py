@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.distances:
         write_results(parsed.distances, {"distances": distances(rows), **provenance(command, seed=0)})
     if parsed.names:
-        write_results(parsed.names, {"names_alone": by_names(rows), **provenance(command, seed=0)})
+        write_results(parsed.names, {**by_names(rows), **provenance(command, seed=0)})
     print(f"{len(chains)} rows, {unknown} training rows of them without the answers on the way")
 
 
@@ -208,7 +208,14 @@ def sign(number: int) -> int:
 def clutrr(
     rows: Sequence[Row], shuffled: bool = False, renamed: bool = False, num_joined: Sequence[int] | None = None
 ) -> tuple[list[Row], int]:
-    """Rows with a field for each person but the one that the answer is relative to, and stories joined of them."""
+    """Rows with a field for each person but the one that the answer is relative to, and stories joined of them.
+
+    Args:
+        rows: The set as it is.
+        shuffled: Tell the passages of joined stories in any order.
+        renamed: Give the people of stories for training and validation other names.
+        num_joined: Training stories made of two and of three, instead of `NUM_JOINED` or `NUM_SHUFFLED`.
+    """
     named = {name for row in rows for name in PAIR.findall(row["question"])[0]}
     composed: dict[tuple[str, ...], Counter[str]] = {}
     more: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
@@ -262,11 +269,11 @@ def with_names(row: Row, gender: Mapping[str, bool], generator: random.Random) -
     """The story with other names for its people; every fifth name is kept for validation."""
     new: dict[str, str] = {}
     ((_, origin),) = PAIR.findall(row["question"])
-    for name in (*row["fields"], origin):
-        female = gender.get(name, generator.random() < 0.5)
+    for person in (*row["fields"], origin):
+        female = gender.get(person, generator.random() < 0.5)  # of few nobody says
         names = FEMALE_NAMES if female else MALE_NAMES
         own = [name for number, name in enumerate(names) if (number % 5 == 0) == (row["split"] == "valid")]
-        new[name] = generator.choice([name for name in own if name not in new.values()])
+        new[person] = generator.choice([name for name in own if name not in new.values()])
 
     def told(text: str) -> str:
         return NAME.sub(lambda match: new.get(match[0], match[0]), text)
@@ -276,7 +283,7 @@ def with_names(row: Row, gender: Mapping[str, bool], generator: random.Random) -
     return row | by_name | texts | {"fields": [new[name] for name in row["fields"]]}
 
 
-def by_names(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def by_names(rows: Sequence[Row]) -> dict[str, Any]:
     """How many test questions the two names alone answer: what training most often says of the pair, if it has it."""
     seen: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for row in rows:
@@ -287,7 +294,11 @@ def by_names(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if row["split"] == "test":
             votes = seen.get(PAIR.findall(row["question"])[0])
             right[row["depth"]].append(votes is not None and votes.most_common(1)[0][0] == row["answer"])
-    return [{"depth": depth, **accuracy_row(torch.tensor(values))} for depth, values in sorted(right.items())]
+    return {
+        "train_questions": sum(map(Counter.total, seen.values())),
+        "train_pairs": len(seen),
+        "names_alone": [{"depth": depth, **accuracy_row(torch.tensor(hits))} for depth, hits in sorted(right.items())],
+    }
 
 
 def joined(

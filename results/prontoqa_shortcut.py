@@ -126,6 +126,13 @@ def mixed(
     """Training rows with and without distractors; the last hundred of what is taken of a depth are for validation.
 
     The depth of easy rows is ten more, so that validation tells them apart.
+
+    Args:
+        rows: The set as it is.
+        deepest: Hops at most, with distractors.
+        num_rows: Training rows of a depth at most, with distractors.
+        num_easy: Likewise without, of one hop and of two.
+        num_copies: How often each training row comes, from the second time on with its concepts exchanged.
     """
     found: list[dict[str, Any]] = []
     generator, seen, total = random.Random(1), Counter(), Counter((row["split"], row["depth"]) for row in rows)

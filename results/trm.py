@@ -6,7 +6,7 @@ Model, loss and halting are those of a checkout of SamsungSAILMontreal/TinyRecur
 Sudoku recipe: 512 wide, two layers that mix cells by an MLP, n = 6, T = 3, at most 16 steps, decay 1, EMA .999. What
 differs: AdamW instead of AdamATan2 (which needs CUDA), no puzzle embedding (there is one task), a warm-up of 20
 updates instead of 2,000, an average that is short at first, as in `training.py`; batch, learning rate and recursion as
-given. It reads digits, not text.
+given. It reads digits, not text. Any key of the configuration is a flag (`--data.max_train_examples 5000`).
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/trm"), help="checkpoint and log")
     parser.add_argument("--output", type=Path, required=True)
-    parsed = parser.parse_args(arguments)
+    parsed, flags = parser.parse_known_args(arguments)
     sys.path.insert(0, parsed.trm_path)
-    config, _ = run_config([parsed.config], "train")
+    config, _ = run_config([parsed.config, *flags], "train")
     examples = load_examples(config.data, parsed.split)
     torch.manual_seed(config.training.seed)
     model, sizes = reference_model(parsed, num_digits=len(examples[0].fields[0].options))

@@ -177,10 +177,30 @@ def test_people_get_names_that_validation_does_not_share():
     assert not names["train"] & names["valid"] and len(names["valid"]) > 40
 
 
+def test_stories_are_renamed_and_joined_as_often_as_asked(monkeypatch):
+    monkeypatch.setattr(chains, "NUM_SHUFFLED", ((1, 1), (0, 0)))
+    stories = [told("train", *SONS)]  # held out, being the first
+    for a, b, c in (("Gus", "Hal", "Ian"), ("Kim", "Leo", "Max"), ("Ned", "Oz", "Pat")):
+        stories.append(told("train", f"{a} has a son {b}. {b} has a son {c}.", f"{c} {a}", "son-son", "grandson"))
+        stories.append(told("train", "", f"{a} Cy", "brother-son", "nephew"))  # so that the origins are men
+    stories.append(told("train", "", "Cy Al", "grandson-grandson", "grandson"))
+    stories.append(told("test", *SONS))
+    rows, _ = chains.clutrr(stories, shuffled=True, renamed=True, num_joined=(5, 2))
+    counts = Counter(row["id"].count("+") for row in rows if row["split"] == "train")
+    assert (counts[1], counts[2]) == (5, 2)
+    names = {*chains.MALE_NAMES, *chains.FEMALE_NAMES}
+    for row in rows:
+        ((asked, origin),) = chains.PAIR.findall(row["question"])
+        given = {asked, origin, *row["fields"], *row["answer"]}
+        assert given <= (names if row["split"] != "test" else {"Al", "Bo", "Cy"})
+        assert not {"Gus", "Kim", "Ned"} & set(chains.NAME.findall(row["context"]))
+
+
 def test_names_alone_answer_what_training_says_of_the_pair():
     rows = [told("train", *SONS), told("test", *SONS), told("test", "", "Al Cy", "son-son", "grandson")]
-    [row] = chains.by_names(rows)
-    assert (row["depth"], row["n"], row["accuracy"]) == (2, 2, 0.5)
+    found = chains.by_names(rows)
+    [row] = found["names_alone"]
+    assert (found["train_questions"], found["train_pairs"], row["n"], row["accuracy"]) == (1, 1, 2, 0.5)
 
 
 def test_generated_puzzles_are_written_with_published_ones(tmp_path):
