@@ -95,7 +95,7 @@ def harder(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
     for distractor in [subject for subject, _, predicate in known if predicate == asked and subject not in mentioned]:
         chain = [*generator.sample(unused, len(unused)), distractor]
         for lower, upper in pairwise(chain):
-            sentences.insert(generator.randrange(len(sentences) - 2), f"Each {lower} is a {upper}")
+            sentences.insert(generator.randrange(len(sentences) - 2), f"Each {lower} is {with_article(upper)}")
     return row | {"context": ". ".join(sentences)}
 
 
@@ -152,14 +152,18 @@ def mixed(
     return random.Random(0).sample(found, len(found))
 
 
+def with_article(word: str) -> str:
+    """A wumpus, an impus."""
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
 def with_concepts(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
     """The row with its concepts exchanged for others, one for one."""
     new = dict(zip(sorted(CONCEPTS), generator.sample(sorted(CONCEPTS), len(CONCEPTS)), strict=True))
 
     def other(match: re.Match[str]) -> str:
         word = new[match[2].lower()]
-        article = {None: "", "a": "an " if word[0] in "aeiou" else "a "}[match[1] and match[1][0].lower()]
-        text = article + word
+        text = with_article(word) if match[1] else word
         return text.capitalize() if match[0][0].isupper() else text
 
     return row | {"context": CONCEPT.sub(other, row["context"]), "question": CONCEPT.sub(other, row["question"])}
