@@ -26,12 +26,14 @@ from hybrid import {imports}
 model = HybridModel.from_pretrained("path/to/{name}")
 print(model.answer("..."{arguments}).value)
 {generate}```
-
-One refinement step is {num_cycles} cycles of {num_latent_passes} + 1 passes; at most {max_steps} steps, halting
-`{halting}`. Written by hybrid {version}.
+{asked}
+Cycles in a refinement step: {num_cycles}, of {num_latent_passes} + 1 passes each. Steps at most: {max_steps}, halting
+`{halting}`. It answers whatever it is asked, worded as in training or not, and can be sure of a wrong answer: see what
+was measured. Written by hybrid {version}.
 
 {results}
 """
+MAX_SHOWN = 8  # fields of an answer that the card shows
 
 
 def check_head_folder(folder: Path) -> None:
@@ -69,6 +71,21 @@ def results_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def recorded_question(folder: Path) -> str:
+    """The first question that a release recorded, with its answer, as it is asked: wording and layout matter."""
+    path = folder / "expected.json"
+    if not path.exists():
+        return ""
+    first = json.loads(path.read_text())[0]
+    value, fields = first["value"], first.get("fields") or ()
+    if isinstance(value, dict) and len(value) > MAX_SHOWN:
+        value = {**dict(list(value.items())[:MAX_SHOWN]), "…": f"{len(value)} fields"}
+    lines = [f"{name}: {first[name]!r}" for name in ("context", "question", "choices") if first.get(name)]
+    if 0 < len(fields) <= MAX_SHOWN:
+        lines.append(f"fields: {fields}")
+    return "\n".join(["", "How it is asked, and what it answers:", "", "```", *lines, f"answer: {value}", "```", ""])
+
+
 def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None:
     """Write `README.md`; accuracy comes from `results.json` and `written.json` in the same folder, never from hand.
 
@@ -79,7 +96,8 @@ def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None
     """
     line = f"license: {license}\n" if license else ""
     generate = 'print(model.generate_text("..."))  # the language model, steered\n' if facts.pop("writes") else ""
-    text = CARD.format(name=folder.name, license_line=line, results=results_table(folder), generate=generate, **facts)
+    shown = {"results": results_table(folder), "asked": recorded_question(folder), "generate": generate}
+    text = CARD.format(name=folder.name, license_line=line, **shown, **facts)
     (folder / "README.md").write_text(text)
 
 

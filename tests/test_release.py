@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hybrid.decoder import Field
+from hybrid.hub import recorded_question
 from hybrid.model import HybridModel
 from hybrid.release import differences, release
 
@@ -34,8 +35,22 @@ def test_release_is_half_the_size_and_reproduces_its_answers(released, backbone)
     assert {"README.md", "config.json", "expected.json", "log.jsonl"} <= {path.name for path in released.iterdir()}
     assert "chains" in (released / "README.md").read_text() and "partial" not in (released / "README.md").read_text()
     expected = json.loads((released / "expected.json").read_text())
+    card = (released / "README.md").read_text()
+    assert f"question: {expected[0]['question']!r}\n" in card and f"answer: {expected[0]['value']}\n" in card
     assert set(expected[2]["value"]) == {"A", "B"} and 0 < expected[0]["probability"] <= 1
     assert differences(released, backbone) == []
+
+
+def test_card_shows_the_first_question_and_some_of_many_fields(tmp_path):
+    assert recorded_question(tmp_path) == ""
+    many = {f"r{number}": str(number) for number in range(20)}
+    (tmp_path / "expected.json").write_text(json.dumps([{"context": "1\n2", "question": "Which?", "value": many}]))
+    shown = recorded_question(tmp_path)
+    assert "context: '1\\n2'" in shown and "'r7': '7', '…': '20 fields'" in shown and "'r8'" not in shown
+    fields = [{"name": "Al", "options": ["son", "uncle"], "at": 3}]
+    asked = {"question": "Who?", "choices": None, "fields": fields, "value": {"Al": "son"}}
+    (tmp_path / "expected.json").write_text(json.dumps([asked]))
+    assert f"question: 'Who?'\nfields: {fields}\nanswer: {{'Al': 'son'}}" in recorded_question(tmp_path)
 
 
 def test_questions_whose_fields_stand_in_the_text(model, backbone, tmp_path):
