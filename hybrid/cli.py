@@ -195,8 +195,7 @@ def command_eval(arguments: Sequence[str]) -> None:
         plot_steps,
         provenance,
         run_rollouts,
-        train_device,
-        train_seconds,
+        training_cost,
         write_results,
     )
     from hybrid.model import HybridModel
@@ -232,8 +231,7 @@ def command_eval(arguments: Sequence[str]) -> None:
         **name,
         "split": getattr(config.data, f"{role}_split"),
         "data": source,
-        "train_seconds": train_seconds(folder),
-        "train_device": train_device(folder),
+        **training_cost(folder),
         **figures,
         "baselines": [],
         **harness_fields(Path(source).stem, figures, str(folder), seed),

@@ -264,6 +264,11 @@ def train_device(head: Path) -> str | None:
     return next((line["device"] for line in reversed(_log_lines(head)) if "device" in line), None)
 
 
+def training_cost(head: Path) -> dict[str, Any]:
+    """Both, as result files have them."""
+    return {"train_seconds": train_seconds(head), "train_device": train_device(head)}
+
+
 def _log_lines(head: Path) -> list[dict[str, Any]]:
     log = next((path for path in (head / "log.jsonl", head.parent / "log.jsonl") if path.exists()), None)
     return [json.loads(line) for line in log.read_text().splitlines()] if log is not None else []

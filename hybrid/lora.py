@@ -23,7 +23,7 @@ from hybrid.backbone import Backbone, load_backbone
 from hybrid.baselines import answer_prompt, zero_shot
 from hybrid.config import BackboneConfig, RunConfig, TextConfig, to_plain
 from hybrid.data import Example, load_examples
-from hybrid.evaluation import by_depth, device_name, train_device, train_seconds
+from hybrid.evaluation import by_depth, device_name, training_cost
 from hybrid.generation import answer_text, answer_token_ids, greedy_texts, is_answer
 from hybrid.losses import IGNORED
 
@@ -103,8 +103,7 @@ def evaluate_lora(folder: Path, config: RunConfig, examples: Sequence[Example]) 
     tuned, num_parameters = load_lora(folder, config.backbone)
     figures = _written(tuned, config.text, examples) if config.text.enabled else zero_shot(tuned, examples)
     name = "LoRA, in words" if config.text.enabled else "LoRA"
-    costs = {"num_parameters": num_parameters, "train_seconds": train_seconds(folder)}
-    return {**figures, "name": name, **costs, "train_device": train_device(folder)}
+    return {**figures, "name": name, "num_parameters": num_parameters, **training_cost(folder)}
 
 
 def _written(tuned: Backbone, text: TextConfig, examples: Sequence[Example]) -> dict[str, Any]:

@@ -274,13 +274,14 @@ def with_names(row: Row, gender: Mapping[str, bool], generator: random.Random) -
         names = FEMALE_NAMES if female else MALE_NAMES
         own = [name for number, name in enumerate(names) if (number % 5 == 0) == (row["split"] == "valid")]
         new[person] = generator.choice([name for name in own if name not in new.values()])
-
-    def told(text: str) -> str:
-        return NAME.sub(lambda match: new.get(match[0], match[0]), text)
-
     by_name = {key: {new[name]: value for name, value in row[key].items()} for key in ("answer", "due")}
-    texts = {key: told(row[key]) for key in ("context", "question")}
+    texts = {key: exchanged(row[key], new) for key in ("context", "question")}
     return row | by_name | texts | {"fields": [new[name] for name in row["fields"]]}
+
+
+def exchanged(text: str, new: Mapping[str, str]) -> str:
+    """The text with the new names of those that have one."""
+    return NAME.sub(lambda match: new.get(match[0], match[0]), text)
 
 
 def by_names(rows: Sequence[Row]) -> dict[str, Any]:
@@ -337,7 +338,7 @@ def joined(
                 due |= {new[name]: near["depth"] + far["due"][name]} if name in far["due"] else {}
         if new[asked] not in answers:
             continue
-        text = NAME.sub(lambda match, new=new: new.get(match[0], match[0]), far["context"])
+        text = exchanged(far["context"], new)
         rows.append(
             near | {
                 "id": f"{near['id']}+{far['id']}", "depth": near["depth"] + far["depth"],

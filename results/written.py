@@ -24,7 +24,7 @@ import torch
 from hybrid.backbone import Backbone
 from hybrid.cli import config_of_head
 from hybrid.data import Example, load_examples
-from hybrid.evaluation import accuracy_lines, by_depth, provenance, train_device, train_seconds, write_results
+from hybrid.evaluation import accuracy_lines, by_depth, provenance, training_cost, write_results
 from hybrid.generation import (
     answer_text,
     answer_token_ids,
@@ -60,11 +60,11 @@ def main(arguments: Sequence[str]) -> None:
         **provenance(shlex.join(["python", "results/written.py", *arguments]), config.training.seed),
     }
     decoder = model.parameter_groups().get("text_decoder")
-    costs = {"steered LLM": {"num_parameters": decoder, **training(parsed.head)}}
+    costs = {"steered LLM": {"num_parameters": decoder, **training_cost(parsed.head)}}
     tuned = None
     if parsed.lora:
         tuned, num_parameters = load_lora(parsed.lora, model.config.backbone)
-        costs["LoRA"] = {"num_parameters": num_parameters, **training(parsed.lora)}
+        costs["LoRA"] = {"num_parameters": num_parameters, **training_cost(parsed.lora)}
     results["unrelated"] = unrelated(model, tuned)
     write_results(parsed.output, results)
     for name, texts in written(model, examples, tuned):
@@ -79,11 +79,6 @@ def main(arguments: Sequence[str]) -> None:
         )
         write_results(parsed.output, results)
     print(table(results))
-
-
-def training(folder: Path) -> dict[str, Any]:
-    """How long the run of this folder took, and on what."""
-    return {"train_seconds": train_seconds(folder), "train_device": train_device(folder)}
 
 
 def written(model: HybridModel, examples: Sequence[Example], tuned: Backbone | None) -> Any:
