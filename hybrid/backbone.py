@@ -308,7 +308,7 @@ class Backbone:
         return ids
 
     def tokens_at(self, text: str, characters: Sequence[int]) -> list[int]:
-        """Which of the memory tokens of a text holds each of some characters, both numbered from 0.
+        """Which of the memory tokens of a text holds each of some characters, both numbered from 0, as in a list.
 
         Raises:
             ValueError: The text is shorter, or the tokenizer is slow (it does not tell).
@@ -319,12 +319,12 @@ class Backbone:
             )
         offsets: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         ends = [end for _, end in offsets]
-        if max(characters) >= ends[-1]:
+        if outside := [character for character in characters if not -ends[-1] <= character < ends[-1]]:
             raise ValueError(
-                f"a field stands at character {max(characters)}, and the text (context, a space, question) has "
+                f"a field stands at character {outside[0]}, and the text (context, a space, question) has "
                 f"{ends[-1]}: ask with the context that the field stands in"
             )
-        found = [bisect.bisect_right(ends, character) for character in characters]
+        found = [bisect.bisect_right(ends, character % ends[-1]) for character in characters]
         # A piece that marks the start of a word ends where the word's first letter does: the last of them holds it.
         return [bisect.bisect_right(ends, ends[token]) - 1 for token in found]
 

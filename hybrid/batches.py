@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -123,14 +124,19 @@ def common_fields(examples: Sequence[Example]) -> dict[str, list[str]] | None:
 
 
 def common_places(examples: Sequence[Example]) -> dict[str, int] | None:
-    """Where fields stand, for the names that stand at the same character in every example; `None` if none stands."""
-    found: dict[str, set[int | None]] = {}
-    for field in {field for example in examples for field in example.fields}:
-        found.setdefault(field.name, set()).add(field.at)
-    if all(at == {None} for at in found.values()):
+    """Where fields stand, for the names that always stand at the same character; `None` if none stands.
+
+    A place counted from the start is one of every example, as the cells of grids are; one from the end, of any text.
+    """
+    found = Counter((field.name, field.at) for example in examples for field in example.fields)
+    if all(at is None for _, at in found):
         return None
-    same = {name: at.pop() for name, at in sorted(found.items()) if len(at) == 1}
-    return {name: at for name, at in same.items() if at is not None}
+    num_places = Counter(name for name, _ in found)
+    return {
+        name: at
+        for (name, at), times in sorted(found.items(), key=str)
+        if at is not None and num_places[name] == 1 and (at < 0 or times == len(examples))
+    }
 
 
 def embed_examples(

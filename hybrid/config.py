@@ -180,6 +180,8 @@ class DataConfig:
         places: Keep where fields stand in the text (`Field.at`), if the source says it.
         find_names: A field that the source names, and whose place it does not say, stands where the text first has its
             name, as a word.
+        answer_at: Where the field `answer` of a question with one answer stands (`Field.at`): -1 is the last
+            character, so that the answer starts from what the language model makes of the whole question.
         train_split: Name of the training split, or of several (`easy+hard`).
         valid_split: Split on which choices are made (checkpoints, steps). Where the source has none, that many
             rows can be cut from the training split: `train[-1000:]` takes them from a fixed shuffle that spreads the
@@ -202,6 +204,7 @@ class DataConfig:
     choices: list[str] | None = None
     places: bool = True
     find_names: bool = False
+    answer_at: int | None = None
     train_split: str = "train"
     valid_split: str = "valid"
     test_split: str = "test"
@@ -217,6 +220,9 @@ class DataConfig:
             _check(value is None or value > 0, f"data.{name}", value, "a number > 0, or null for all")
         _check(self.task_parameters != [], "data.task_parameters", [], "a mapping, or a list of at least one")
         _check(self.places or not self.find_names, "data.find_names", True, "false where data.places is false")
+        _check(
+            self.places or self.answer_at is None, "data.answer_at", self.answer_at, "null where data.places is false"
+        )
 
 
 @dataclass(kw_only=True)
@@ -406,6 +412,7 @@ class HybridConfig(PreTrainedConfig):
         fields: Default fields of a head whose questions all ask the same several ones: name to options.
         places: Where fields of these names stand (`Field.at`) if they do not say it: those that stood at the same
             character in all of the training set. `None` if no field stood anywhere: `at` is ignored then.
+        find_names: A field that has no place then stands where the text first has its name (`data.find_names`).
         license: Licence of the head, for its card.
         hybrid_version: Version that wrote the head.
     """
@@ -421,6 +428,7 @@ class HybridConfig(PreTrainedConfig):
     choices: list[str] | None = None
     fields: dict[str, list[str]] | None = None
     places: dict[str, int] | None = None
+    find_names: bool = False
     license: str | None = None
     hybrid_version: str | None = None
 

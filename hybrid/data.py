@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hybrid.backbone import one_text
 from hybrid.config import DataConfig
-from hybrid.decoder import Field
+from hybrid.decoder import Field, named
 
 ROLES = ("valid", "test", "train")  # in this order they cut slices of a split; what one takes, the next do not see
 COLUMNS = ("context", "question", "answer", "choices", "fields", "due", "depth", "id", "answer_text")
@@ -223,12 +223,7 @@ def _to_examples(config: DataConfig, split: str, rows: Rows, train_rows: Rows) -
             example = _to_example(row, choices, name)
         except ValueError as error:
             raise ValueError(f"row {number} of split {split!r} (id {name!r}): {error}") from None
-        if not config.places:
-            example = replace(example, fields=tuple(replace(field, at=None) for field in example.fields))
-        if config.find_names and [field.name for field in example.fields] != ["answer"]:  # which nobody named
-            text = one_text(example.context, example.question)
-            example = replace(example, fields=_where_named(example.fields, text))
-        examples.append(example)
+        examples.append(replace(example, fields=_placed(config, example)))
     return examples
 
 
@@ -314,7 +309,7 @@ def _check_places(fields: Sequence[Field], given: tuple[Any, Any], texts: tuple[
         raise ValueError("fields with `at` count characters: give context and question as texts, no space around them")
     length = len(one_text(*texts))
     for field in fields:
-        if field.at is not None and field.at >= length:
+        if field.at is not None and not -length <= field.at < length:
             raise ValueError(
                 f"field {field.name!r} stands at character {field.at}: context and question have {length}"
             )
@@ -335,10 +330,17 @@ def _to_due(value: Any, fields: Sequence[Field]) -> tuple[int, ...] | None:
     return tuple(steps.get(field.name, 1) for field in fields)
 
 
-def _where_named(fields: Sequence[Field], text: str) -> tuple[Field, ...]:
-    """The fields, those without a place where the text first has their name."""
-    found = {field: re.search(rf"(?<!\w){re.escape(field.name)}(?!\w)", text) for field in fields if field.at is None}
-    return tuple(replace(field, at=name.start()) if (name := found.get(field)) else field for field in fields)
+def _placed(config: DataConfig, example: Example) -> tuple[Field, ...]:
+    """The fields of an example where the configuration wants them to stand."""
+    fields = example.fields
+    if not config.places:
+        return tuple(replace(field, at=None) for field in fields)
+    if len(fields) == 1 and fields[0] == Field("answer", fields[0].options):  # which nobody named, or placed
+        return (replace(fields[0], at=config.answer_at),)
+    if not config.find_names:
+        return fields
+    text = one_text(example.context, example.question)
+    return tuple(replace(field, at=named(field.name, text)) if field.at is None else field for field in fields)
 
 
 def _pick(field: Field, value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,12 @@ class Field:
     Args:
         name: What is asked, in words (`relation`, a person's name, `r1c1`).
         options: At least two different texts; a string is a sequence of one-character options (`"123456789"`).
-        at: The character at which it stands, if it does, counted from 0 over context, one space and question. A head
-            trained so starts from what the language model makes of the token there: a cell of a grid from its digit.
+        at: The character at which it stands, if it does, counted from 0 over context, one space and question, or from
+            -1 backwards from their end. A head trained so starts from what the language model makes of the token
+            there: a cell of a grid from its digit, an answer from the end of its question.
 
     Raises:
-        ValueError: Fewer than two options, an empty one, one that appears twice, or an `at` that is no number ≥ 0.
+        ValueError: Fewer than two options, an empty one, one that appears twice, or an `at` that is no whole number.
     """
 
     name: str
@@ -40,8 +42,10 @@ class Field:
         object.__setattr__(self, "options", options)
         if not self.name:
             raise ValueError("a field needs a name")
-        if self.at is not None and (not isinstance(self.at, int) or isinstance(self.at, bool) or self.at < 0):
-            raise ValueError(f"field {self.name!r} has at={self.at!r}: expected the number of a character, from 0")
+        if self.at is not None and (not isinstance(self.at, int) or isinstance(self.at, bool)):
+            raise ValueError(
+                f"field {self.name!r} has at={self.at!r}: expected a character's number, from 0, or -1 for the last"
+            )
         if len(options) < 2:
             raise ValueError(f"field {self.name!r} has options {list(options)}: at least two are needed")
         if any(not isinstance(option, str) or not option.strip() for option in options):
@@ -49,6 +53,12 @@ class Field:
         if len(set(options)) < len(options):
             twice = sorted({option for option in options if options.count(option) > 1})
             raise ValueError(f"field {self.name!r} has options that appear twice: {twice}")
+
+
+def named(name: str, text: str) -> int | None:
+    """The character at which a text first has a name, as a word; `None` if it has not."""
+    found = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)
+    return found.start() if found else None
 
 
 def read_fields(given: Sequence[Mapping[str, Any]]) -> list[Field]:

@@ -262,7 +262,9 @@ class HybridLM(Processes, LM):
         """
         document = group[0].doc
         is_as_it_was = is_document(document) and group[0].args[0] == document["prompt"]
-        if self.model.config.places is not None and not is_as_it_was:
+        places = self.model.config.places
+        is_at_the_end = places is not None and set(places.values()) == {-1}
+        if places is not None and not is_at_the_end and not is_as_it_was:
             raise ValueError(
                 f"task {group[0].task_name}: the fields of this head stand at characters of a question, which nobody "
                 "finds among examples or in a chat: leave out num_fewshot and chat, and use a task of `hybrid harness`"

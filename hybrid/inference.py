@@ -373,17 +373,11 @@ def fields_asked(
             "this head has no default choices: give choices, fields or a schema (flags of `hybrid ask` and "
             "`hybrid generate`, too)"
         )
-    names, places = [field.name for field in asked], model.config.places
-    if places is None and (standing := [field.name for field in asked if field.at is not None]):
+    names = [field.name for field in asked]
+    if model.config.places is None and (standing := [field.name for field in asked if field.at is not None]):
         warnings.warn(
             f"fields {standing[:3]} say where they stand, which this head ignores: no field of its training set did",
             stacklevel=3,
-        )
-    if places is not None and (
-        lost := [field.name for field in asked if field.at is None and field.name not in places]
-    ):
-        warnings.warn(
-            f"fields {lost[:3]} do not say where they stand (at), as in training: expect guesses", stacklevel=3
         )
     if own is not None and (new := [name for name in names if name not in own]):
         warnings.warn(

@@ -20,7 +20,7 @@ from hybrid import __version__
 from hybrid.adapter import Adapter
 from hybrid.backbone import Backbone, load_backbone, native_dtype, one_text, quiet_transformers
 from hybrid.config import AdapterConfig, HybridConfig, ReasonerConfig, TextConfig
-from hybrid.decoder import Field, FieldBatch, FieldDecoder, TextDecoder
+from hybrid.decoder import Field, FieldBatch, FieldDecoder, TextDecoder, named
 from hybrid.hub import check_head_folder, write_card
 from hybrid.layers import init_linear_
 from hybrid.losses import refinement_loss
@@ -155,6 +155,7 @@ class HybridModel(PreTrainedModel):
         choices: Sequence[str] | None = None,
         fields: Mapping[str, Sequence[str]] | None = None,
         places: Mapping[str, int] | None = None,
+        find_names: bool = False,
         license: str | None = None,
     ) -> HybridModel:
         """A new, untrained head for a backbone.
@@ -169,6 +170,7 @@ class HybridModel(PreTrainedModel):
             choices: Options of a question asked without any.
             fields: What such a question asks, if it is several fields: name to options.
             places: Where fields stand in the text, as in `HybridConfig`; an empty mapping if each says so itself.
+            find_names: Whether others stand where the text has their names.
             license: Licence of the head, for its card.
         """
         config = HybridConfig(
@@ -181,6 +183,7 @@ class HybridModel(PreTrainedModel):
             choices=list(choices) if choices is not None else None,
             fields={name: list(options) for name, options in fields.items()} if fields is not None else None,
             places=dict(places) if places is not None else None,
+            find_names=find_names,
             license=license,
             hybrid_version=__version__,
         )
@@ -292,9 +295,11 @@ class HybridModel(PreTrainedModel):
         """What the model card says of this head."""
         reasoner, backbone = self.config.reasoner, self.config.backbone
         asks_itself = self.config.choices is not None or self.config.fields is not None
-        asks_places = self.config.places is not None and not asks_itself
+        asks_places = self.config.places is not None and not asks_itself and not self.config.find_names
         if asks_itself:
-            asked = ', context="..."' if self.config.places else ""
+            asked = ', context="..."' if any(at >= 0 for at in (self.config.places or {}).values()) else ""
+        elif self.config.find_names:
+            asked = ', context="...", fields={"...": ["yes", "no"]}'
         else:
             asked = ', fields=[Field("...", ["yes", "no"], at=0)]' if asks_places else ', choices=["yes", "no"]'
         return {
@@ -420,6 +425,8 @@ class HybridModel(PreTrainedModel):
         """
         own = self.config.places or {}
         at = [own.get(field.name) if field.at is None else field.at for field in fields]
+        if self.config.find_names:
+            at = [named(field.name, text) if place is None else place for field, place in zip(fields, at, strict=True)]
         standing = [character for character in at if character is not None]
         tokens = iter(self.backbone.tokens_at(text, standing) if standing else ())
         return [-1 if character is None else next(tokens) for character in at]
@@ -427,10 +434,18 @@ class HybridModel(PreTrainedModel):
     def starts_of(
         self, rows: Sequence[Sequence[Field]], texts: Sequence[tuple[str | None, str]]
     ) -> list[list[int]] | None:
-        """`field_starts` of each row, for (context, question) pairs; `None` for a head that knows no places."""
+        """`field_starts` of each row, for (context, question) pairs; `None` for a head that knows no places.
+
+        Warns of fields that stand nowhere, which none did in training.
+        """
         if self.config.places is None:
             return None
-        return [self.field_starts(fields, one_text(*text)) for fields, text in zip(rows, texts, strict=True)]
+        starts = [self.field_starts(fields, one_text(*text)) for fields, text in zip(rows, texts, strict=True)]
+        pairs = [pair for fields, row in zip(rows, starts, strict=True) for pair in zip(fields, row, strict=True)]
+        if lost := [field.name for field, start in pairs if start < 0]:
+            unfound = ", nor does the text have such names" if self.config.find_names else ""
+            warnings.warn(f"fields {lost[:3]} do not say where they stand (at){unfound}: expect guesses", stacklevel=3)
+        return starts
 
     # -- forward ---------------------------------------------------------------------------------------------------
 

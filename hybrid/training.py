@@ -760,6 +760,7 @@ def prepare(
         choices=common["answer"] if is_single else None,
         fields=None if is_single else common,
         places=common_places(examples["train"]),
+        find_names=config.data.find_names,
         license=config.data.license,
     )
     for name, part in model.named_children():

@@ -59,8 +59,10 @@ def test_characters_are_found_in_the_tokens_of_the_memory(any_backbone):
     [token, first] = any_backbone.tokens_at(text, [text.index("C"), 0])
     assert prompt.memory_ids[token] == any_backbone.tokenizer("C", add_special_tokens=False)["input_ids"][-1]
     assert first == 0
-    with pytest.raises(ValueError, match=f"stands at character {len(text)}, and the text .* has "):
-        any_backbone.tokens_at(text, [0, len(text)])
+    assert any_backbone.tokens_at(text, [-1, -len(text)]) == [len(prompt.memory_ids) - 1, 0]
+    for outside in (len(text), -len(text) - 1):
+        with pytest.raises(ValueError, match=f"stands at character {outside}, and the text .* has "):
+            any_backbone.tokens_at(text, [0, outside])
 
 
 def test_the_mark_of_a_word_is_not_its_first_letter(backbone):

@@ -388,12 +388,23 @@ def test_fields_can_stand_where_their_names_are(tmp_path):
         DataConfig(path="x", find_names=True, places=False)
 
 
+def test_the_answer_can_stand_at_the_end_of_the_question(tmp_path):
+    row = {"question": "Did Bo?", "choices": ["yes", "no"]}
+    [example] = load([row | {"answer": "no"}], tmp_path, answer_at=-1)
+    assert example.fields == (Field("answer", ["yes", "no"], at=-1),)
+    named = [{"name": name, "options": ["yes", "no"], "at": at} for name, at in (("Bo", 4), ("Cy", None))]
+    [example] = load([row | {"fields": named, "answer": {"Bo": "no"}}], tmp_path, answer_at=-1)
+    assert [field.at for field in example.fields] == [4, None]
+    with pytest.raises(ValueError, match=r"data\.answer_at=-1: expected null where data\.places is false"):
+        DataConfig(path="x", answer_at=-1, places=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"at": 3}, "row 1 of split 'train' .*: field 'only' stands at character 3: context and question have 3"),
-        ({"at": -1}, "at=-1: expected the number of a character, from 0"),
-        ({"at": True}, "at=True: expected the number of a character"),
+        ({"at": -4}, "row 1 of split 'train' .*: field 'only' stands at character -4: context and question have 3"),
+        ({"at": True}, "at=True: expected a character's number, from 0, or -1 for the last"),
         ({"question": " 1 ?"}, "give context and question as texts, no space around them"),
         ({"context": ["A", "B"]}, "give context and question as texts, no space around them"),
     ],

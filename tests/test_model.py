@@ -130,8 +130,18 @@ def test_places_of_fields_stay_with_the_head(backbone, tmp_path):
     assert model.answer(QUESTION, fields=[replace(fields[0], at=2), *fields[1:]]).trace != trace
     with pytest.warns(UserWarning, match=r"fields \['c'\] do not say where they stand"):
         assert model.answer(QUESTION).trace != trace
-    with pytest.raises(ValueError, match="stands at character 10, and the text .* has 3: ask with the context"):
+    with pytest.raises(ValueError, match="stands at character 5, and the text .* has 3: ask with the context"):
         model.answer("A ?", fields=fields)
+
+
+def test_fields_can_stand_where_the_question_names_them(backbone):
+    model, placed = (head_with_places(backbone, {}, rotary=True) for _ in range(2))
+    model.config.find_names = True
+    fields = {name: CHOICES for name in "BC"}
+    at = [Field(name, CHOICES, at=QUESTION.index(name)) for name in "BC"]
+    assert model.answer(QUESTION, fields=fields) == placed.answer(QUESTION, fields=at)
+    with pytest.warns(UserWarning, match=r"fields \['D'\] do not say where they stand \(at\), nor does the text have"):
+        model.answer(QUESTION, fields={"B": CHOICES, "D": CHOICES})
 
 
 def test_heads_without_places_ignore_them(model):

@@ -67,6 +67,9 @@ def test_questions_whose_fields_stand_in_the_text(model, backbone, tmp_path):
     model.write_card(tmp_path / "released")
     card = (tmp_path / "released" / "README.md").read_text()
     assert "from hybrid import Field, HybridModel\n" in card and 'Field("...", ["yes", "no"], at=0)' in card
+    model.config.find_names = True
+    model.write_card(tmp_path / "released")
+    assert 'fields={"...": ["yes", "no"]}' in (tmp_path / "released" / "README.md").read_text()
     assert (expected["fields"], expected["probability"]) == (fields, round(answer.probability, 4))
     assert differences(tmp_path / "released", backbone) == []
     question["fields"][0]["posn"] = 5

@@ -600,14 +600,15 @@ def test_answers_that_no_step_would_be_asked_for_are_refused(folder, backbone):
     assert "valid_fields" not in lines[-1]
 
 
-def test_places_that_all_examples_share():
+def test_places_that_hold_for_other_texts():
     def example(*fields: Field) -> Example:
         return Example(None, "? ? ?", fields, tuple("1" for _ in fields), None, "x")
 
     assert common_places([example(Field("a", "12"), Field("b", "12"))]) is None
     rows = [example(Field("a", "12", at=0), Field("b", "12")), example(Field("a", "12", at=0), Field("c", "12", at=2))]
-    assert common_places(rows) == {"a": 0, "c": 2}
-    assert common_places([*rows, example(Field("a", "12", at=4))]) == {"c": 2}
+    assert common_places(rows) == {"a": 0}  # c stands somewhere in one example: no rule
+    assert common_places([*rows, example(Field("a", "12", at=4))]) == {}
+    assert common_places([*rows, example(Field("answer", "12", at=-1))]) == {"answer": -1}
     assert common_fields([example(Field("a", "12", at=0)), example(Field("a", "12", at=2))]) == {"a": ["1", "2"]}
 
 
