@@ -89,7 +89,7 @@ def summary(sets: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    for page in (ROOT / "README.md", ROOT / "docs" / "speed.md"):
+    for page in (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md"):
         rendered = render(page.read_text())
         if "--check" not in sys.argv:
             page.write_text(rendered)

@@ -34,6 +34,7 @@ def results(tmp_path_factory, backbone, backbone_folder):
         return run_bench(backbone, config, {"chains": chain_examples(40)}, (str(folder / "head"), chain_examples(24)))
 
 
+@pytest.mark.slow  # a head is loaded in a process of its own, and each loop runs
 def test_every_row_is_measured_and_absent_peers_are_named(results):
     rows = {(row["loop"], row["against"]): row for row in results["rows"]}
     skipped = {against: row["note"] for (_, against), row in rows.items() if row["note"].startswith("skipped")}
@@ -46,6 +47,7 @@ def test_every_row_is_measured_and_absent_peers_are_named(results):
     json.dumps(results)
 
 
+@pytest.mark.slow
 def test_table_has_a_line_for_each_row(results):
     lines = markdown_table(results).splitlines()
     assert len(lines) == 2 + len(results["rows"]) and all(line.count("|") == 8 for line in lines)
