@@ -123,6 +123,12 @@ def common_fields(examples: Sequence[Example]) -> dict[str, list[str]] | None:
     return {name: list(options) for name, options in asked.pop()} if len(asked) == 1 else None
 
 
+def common_options(examples: Sequence[Example]) -> list[str] | None:
+    """The options of every field, when all have the same ones."""
+    options = {field.options for fields in {example.fields for example in examples} for field in fields}
+    return list(options.pop()) if len(options) == 1 else None
+
+
 def common_places(examples: Sequence[Example]) -> dict[str, int] | None:
     """Where fields stand, for the names that always stand at the same character; `None` if none stands.
 

@@ -360,7 +360,7 @@ def command_ask(arguments: Sequence[str]) -> None:
         halting=parsed.halting,
         rollouts=parsed.rollouts,
         explain=parsed.explain,
-        **_with_fields(asked, model),
+        **asked,
     )
     if parsed.trace:
         print(trace_text(answer, shutil.get_terminal_size((100, 24)).columns))
@@ -415,7 +415,7 @@ def command_generate(arguments: Sequence[str]) -> None:
     from hybrid.schema import read_schema
 
     if "schema" in asked:
-        asked["fields"] = {field.name: field.options for field in read_schema(asked.pop("schema")).fields}
+        asked["fields"] = read_schema(asked.pop("schema")).fields
     model = HybridModel.from_pretrained(parsed.head)
     sampling = {name: getattr(parsed, name) for name in ("temperature", "top_p") if getattr(parsed, name) is not None}
     how: dict[str, Any] = {"do_sample": bool(sampling), "num_beams": parsed.num_beams, **sampling}
@@ -433,7 +433,7 @@ def command_generate(arguments: Sequence[str]) -> None:
         chat=parsed.chat,
         max_steps=parsed.steps,
         max_new_tokens=parsed.max_new_tokens,
-        **_with_fields(asked, model),
+        **asked,
         **how,
     )
     if parsed.num_beams > 1:
@@ -465,7 +465,7 @@ def _add_asked(parser: Any) -> None:
 
 
 def _asked(parsed: Any) -> dict[str, Any]:
-    """What the flags of `_add_asked` ask: `choices`, `fields` (name → options, `None` for the head's) or `schema`."""
+    """What the flags of `_add_asked` ask: `choices`, `fields` or `schema`, as `HybridModel.answer` takes them."""
     from pathlib import Path
 
     given = [flag for flag in ("fields", "grid", "schema") if getattr(parsed, flag) is not None]
@@ -482,7 +482,7 @@ def _asked(parsed: Any) -> dict[str, Any]:
         return {"choices": choices}
     fields = _read_json("--fields", parsed.fields, dict | list)
     if isinstance(fields, list) and all(isinstance(name, str) for name in fields):
-        return {"fields": dict.fromkeys(fields, choices)}
+        return {"fields": fields if choices is None else dict.fromkeys(fields, choices)}
     if isinstance(fields, list) and all(isinstance(field, dict) for field in fields):
         from hybrid.decoder import read_fields
 
@@ -490,17 +490,6 @@ def _asked(parsed: Any) -> dict[str, Any]:
     if isinstance(fields, list) or not all(isinstance(options, list | str) for options in fields.values()):
         raise ValueError(f'--fields {parsed.fields}: expected {{"name": ["option", ...], ...}} or ["name", ...]')
     return {"fields": fields, "choices": choices}
-
-
-def _with_fields(asked: dict[str, Any], model: Any) -> dict[str, Any]:
-    """What `_asked` found, for a head: its own options where none are given."""
-    from hybrid.decoder import Field
-
-    if isinstance(asked.get("fields", []), list):
-        return asked
-    own, choices = model.config.fields or {}, model.config.choices or ()
-    options = {name: own.get(name, choices) if given is None else given for name, given in asked["fields"].items()}
-    return asked | {"fields": [Field(*named) for named in options.items()]}
 
 
 def _grid_fields(size: str, choices: list[str] | None) -> dict[str, list[str]]:

@@ -408,7 +408,7 @@ class HybridConfig(PreTrainedConfig):
         text: Section of the same name in `RunConfig`.
         backbone_dim: Hidden size of the backbone.
         known_options: Options and field names that own a learned residual, in the order of its rows.
-        choices: Default options of a question asked without any.
+        choices: Default options of a question, or of fields, asked without any: those of the whole training set.
         fields: Default fields of a head whose questions all ask the same several ones: name to options.
         places: Where fields of these names stand (`Field.at`) if they do not say it: those that stood at the same
             character in all of the training set. `None` if no field stood anywhere: `at` is ignored then.

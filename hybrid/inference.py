@@ -233,7 +233,7 @@ def answer(
     *,
     context: str | None = None,
     choices: Sequence[str] | None = None,
-    fields: Sequence[Field] | Mapping[str, Sequence[str]] | None = None,
+    fields: Sequence[Field | str] | Mapping[str, Sequence[str]] | None = None,
     schema: Any = None,
     **kwargs: Any,
 ) -> Answer:
@@ -244,8 +244,8 @@ def answer(
         question: The question, or the whole text with the question at its end.
         context: The text that comes before the question.
         choices: Options of a question with one answer; by default what the head was trained to answer.
-        fields: What is asked, when there are several answers: `Field`s, or a mapping of names to options; not together
-            with `choices`.
+        fields: What is asked, when there are several answers: `Field`s, a mapping of names to options, or names alone,
+            which have the options of the head; not together with `choices`.
         schema: What is asked, as a Pydantic model or a JSON schema; see `hybrid.schema.read_schema`.
         **kwargs: `explain`, `max_steps`, `halting`, `rollouts`, `pick`, `seed`, as in `answer_batch`.
 
@@ -264,7 +264,7 @@ def answer_batch(
     *,
     contexts: Sequence[str | None] | None = None,
     choices: Sequence[str] | None = None,
-    fields: Sequence[Field] | Mapping[str, Sequence[str]] | None = None,
+    fields: Sequence[Field | str] | Mapping[str, Sequence[str]] | None = None,
     schema: Any = None,
     explain: bool = False,
     max_steps: int | None = None,
@@ -341,7 +341,9 @@ def answer_batch(
 
 
 def fields_asked(
-    model: HybridModel, choices: Sequence[str] | None, fields: Sequence[Field] | Mapping[str, Sequence[str]] | None
+    model: HybridModel,
+    choices: Sequence[str] | None,
+    fields: Sequence[Field | str] | Mapping[str, Sequence[str]] | None,
 ) -> tuple[Field, ...]:
     """The fields that a question asks: `fields`, or a single one with `choices`, or those of the head.
 
@@ -359,11 +361,14 @@ def fields_asked(
     if isinstance(fields, Mapping):
         fields = [Field(name, options) for name, options in fields.items()]
     if fields is not None:
-        if wrong := [field for field in fields if not isinstance(field, Field)]:
-            raise ValueError(f"fields={wrong}: expected a mapping of names to options, or a list of Field")
-        if len({field.name for field in fields}) < len(fields) or not fields:
-            raise ValueError(f"fields={[field.name for field in fields]}: names must be there and differ")
-        asked = tuple(fields)
+        if isinstance(fields, str) or (wrong := [field for field in fields if not isinstance(field, Field | str)]):
+            given = fields if isinstance(fields, str) else wrong
+            raise ValueError(
+                f"fields={given!r}: expected a mapping of names to options, or a list of Field or of names"
+            )
+        asked = tuple(Field(f, (own or {}).get(f, choices or ())) if isinstance(f, str) else f for f in fields)
+        if len({field.name for field in asked}) < len(asked) or not asked:
+            raise ValueError(f"fields={[field.name for field in asked]}: names must be there and differ")
     elif choices is not None:
         asked = (Field("answer", choices),)
     elif own is not None:

@@ -167,7 +167,7 @@ class HybridModel(PreTrainedModel):
             reasoner: Numbers of the reasoner.
             text: Whether it writes text, and how it is asked to.
             known_options: Options that get a learned residual.
-            choices: Options of a question asked without any.
+            choices: Options of a question, or of fields, asked without any.
             fields: What such a question asks, if it is several fields: name to options.
             places: Where fields stand in the text, as in `HybridConfig`; an empty mapping if each says so itself.
             find_names: Whether others stand where the text has their names.
@@ -296,10 +296,10 @@ class HybridModel(PreTrainedModel):
         reasoner, backbone = self.config.reasoner, self.config.backbone
         asks_itself = self.config.choices is not None or self.config.fields is not None
         asks_places = self.config.places is not None and not asks_itself and not self.config.find_names
-        if asks_itself:
+        if self.config.find_names:
+            asked = ', context="...", ' + ('fields=["..."]' if asks_itself else 'fields={"...": ["yes", "no"]}')
+        elif asks_itself:
             asked = ', context="..."' if any(at >= 0 for at in (self.config.places or {}).values()) else ""
-        elif self.config.find_names:
-            asked = ', context="...", fields={"...": ["yes", "no"]}'
         else:
             asked = ', fields=[Field("...", ["yes", "no"], at=0)]' if asks_places else ', choices=["yes", "no"]'
         return {

@@ -32,7 +32,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hybrid.backbone import Backbone, load_backbone, native_dtype
-from hybrid.batches import EmbeddedExamples, common_fields, common_places, embed_examples, known_options
+from hybrid.batches import (
+    EmbeddedExamples,
+    common_fields,
+    common_options,
+    common_places,
+    embed_examples,
+    known_options,
+)
 from hybrid.config import HybridConfig, ReasonerConfig, RunConfig, TrainingConfig, to_plain
 from hybrid.data import Example, data_fingerprint, load_examples
 from hybrid.decoder import FieldBatch
@@ -757,7 +764,7 @@ def prepare(
         reasoner=config.reasoner,
         text=config.text,
         known_options=known_options(examples["train"]),
-        choices=common["answer"] if is_single else None,
+        choices=common_options(examples["train"]) if common is None or is_single else None,
         fields=None if is_single else common,
         places=common_places(examples["train"]),
         find_names=config.data.find_names,

@@ -14,7 +14,7 @@ from hybrid.backbone import Backbone
 from hybrid.cli import main, run_config
 from hybrid.config import to_plain
 from hybrid.decoder import Field
-from hybrid.inference import Answer
+from hybrid.inference import Answer, fields_asked
 from hybrid.model import HybridModel
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -167,8 +167,10 @@ def test_train_and_generate(config_file, tmp_path, capsys):
 
 def test_generate_asks_for_what_ask_asks_for(head, tmp_path, monkeypatch):
     def fields(*flags: str):
+        asked.clear()
         main(["generate", head, "A says B is a knave .", *flags])
-        return {field.name: field.options for field in asked.pop("fields")}
+        found = fields_asked(HybridModel.from_pretrained(head), asked.pop("choices", None), asked.pop("fields"))
+        return {field.name: field.options for field in found}
 
     asked: dict = {}
     monkeypatch.setattr("hybrid.generation.generate_text", lambda model, prompt, **kwargs: asked.update(kwargs))

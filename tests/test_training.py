@@ -21,7 +21,14 @@ from conftest import CHOICES, chain_examples, chatty_llama, open_gate, tiny_reas
 from safetensors.torch import load_file
 
 from hybrid.backbone import Backbone
-from hybrid.batches import EmbeddedExamples, common_fields, common_places, embed_examples, known_options
+from hybrid.batches import (
+    EmbeddedExamples,
+    common_fields,
+    common_options,
+    common_places,
+    embed_examples,
+    known_options,
+)
 from hybrid.config import FeatureConfig, HybridConfig, RecursionStage, RunConfig, TextConfig, TrainingConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
@@ -542,6 +549,8 @@ def test_fields_that_all_questions_ask_are_the_default(folder, backbone):
 
     assert common_fields([example(Field("a", "12"), Field("b", "12"))] * 2) == {"a": ["1", "2"], "b": ["1", "2"]}
     assert common_fields([example(Field("a", "12")), example(Field("b", "12"))]) is None
+    assert common_options([example(Field("a", "12")), example(Field("b", "12"))]) == ["1", "2"]
+    assert common_options([example(Field("a", "12")), example(Field("b", "13"))]) is None
     rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     rows = [row | {"answer": {"first": row["answer"], "second": row["answer"]}} for row in rows]
     (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
