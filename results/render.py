@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ablations
 from written import table as written_table
@@ -45,7 +46,8 @@ def render(text: str) -> str:
             elif "exact_match" in results:
                 body = f"`{results['command']}`, n and 95% intervals as shown:\n\n{written_table(results)}\n"
             else:
-                others = [json.loads((ROOT / name).with_name(other).read_text()) for other in more.split()]
+                files = [json.loads((ROOT / name).with_name(other).read_text()) for other in more.split()]
+                others = [system for file in files for system in beside(file)]
                 body = f"`{results['command']}`, n and 95% intervals as shown:\n\n{accuracy_lines(results, *others)}\n"
         else:
             body = f"```\n{content.rstrip()}\n```\n"
@@ -54,8 +56,16 @@ def render(text: str) -> str:
     return BLOCK.sub(fill, text)
 
 
+def beside(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a file adds to a head's: its baselines, if it has any, else its own figures."""
+    return results.get("baselines") or [results]
+
+
 def summary(sets: Sequence[str]) -> str:
-    """One table: each set's head, its baselines and what others report; `NAME+other.json` adds files of baselines."""
+    """One table: each set's head, its baselines and what others report.
+
+    `NAME+other.json` adds what another file says: written answers, its baselines, or itself.
+    """
     published = json.loads((ROOT / "results" / "published.json").read_text())
     lines = [f"| {' | '.join(SUMMARY)} |", "|---" * len(SUMMARY) + "|"]
     for part in sets:
@@ -66,10 +76,8 @@ def summary(sets: Sequence[str]) -> str:
         systems += [{"split": results["split"], **baseline} for baseline in results.get("baselines", [])]
         for other in others:
             found = json.loads((folder / other).read_text())
-            systems += [
-                {**system, "name": f"{system['name']}, in words", "split": found["split"]}
-                for system in found.get("exact_match", [])
-            ] or [found]
+            written = [system | {"name": f"{system['name']}, in words"} for system in found.get("exact_match", [])]
+            systems += [{"split": found["split"], **system} for system in written or beside(found)]
         for number, system in enumerate(systems):
             *_, deepest, every = system["accuracy_by_depth"]
             costs = [cost_cell(system, key) for key, _ in COSTS.values()]

@@ -21,7 +21,7 @@ from torch import nn
 
 from hybrid.backbone import load_backbone
 from hybrid.cli import run_config
-from hybrid.config import BackboneConfig, TextConfig, to_plain
+from hybrid.config import BackboneConfig, DataConfig, TextConfig, to_plain
 from hybrid.data import load_examples
 from hybrid.model import HybridModel
 
@@ -32,6 +32,7 @@ import chains
 import prontoqa_shortcut
 import puzzles
 import render
+import theories
 import trm
 import written
 from prontoqa_shortcut import by_rule, facts, harder, with_facts
@@ -250,6 +251,52 @@ def test_passages_are_told_in_any_order(monkeypatch):
     assert in_order < len(rows)
 
 
+THEORY = (
+    "Anne is not kind. Bob sees the cat. The cat is round. All round, young things are red. If something is round "
+    "then it is young and the cat sees Bob. If someone sees the cat and they are not kind then they do not like Anne. "
+    "If the cat is red and the cat is not kind then the cat visits Bob. If something is red and young then it is kind."
+)
+
+
+def test_what_follows_from_a_theory():
+    theory = theories.parse(THEORY)
+    assert theory.names() == ["Anne", "Bob", "cat"] and len(theory.facts) == 3 and len(theory.rules) == 5
+    told = {theories.to_text(literal): depth for literal, depth in theory.closure().items()}
+    assert told == {
+        "Anne is not kind.": 0, "Bob sees the cat.": 0, "The cat is round.": 0, "The cat is young.": 1,
+        "The cat sees Bob.": 1, "The cat is red.": 2, "The cat is kind.": 3,
+    }  # fmt: skip
+    assert all(theories.clauses(text.removesuffix("."))[0] in theory.closure() for text in told)
+    found = {theories.to_text(literal): (label, depth) for literal, label, depth in theories.labels(theory)}
+    assert found["Anne is kind."] == ("False", 0) and found["The cat is not red."] == ("False", 2)
+    assert found["Bob does not like Anne."] == found["The cat visits Bob."] == ("Unknown", None)
+    with pytest.raises(ValueError, match="'Anne' is no clause"):
+        theories.parse("Anne.")
+
+
+def test_statements_about_theories_in_other_words(tmp_path):
+    question = {"split": "train", "question": "The cat is red.", "answer": "True", "depth": 2}
+    rows = [{**question, "context": THEORY.replace("Anne", name)} for name in theories.PEOPLE[2:]]
+    rows.append({**question, "context": THEORY, "split": "dev"})
+    source, output, labels = tmp_path / "rows.jsonl", tmp_path / "theories.jsonl", tmp_path / "labels.json"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    theories.main([str(source), "--output", str(output), "--copies", "4", "--labels", str(labels)])
+    assert json.loads(labels.read_text())["agreement"] == {"rows": 7, "answers": 7, "depths": 7}
+    config = DataConfig(path=str(output), answer_at=-1, test_split="dev")
+    assert [example.context for example in load_examples(config, "test")] == [THEORY]
+    assert len(load_examples(config, "valid")) == 1
+    examples = load_examples(config, "train")
+    assert len(examples) == 20 and len({len(example.fields) for example in examples}) > 2
+    for example in examples:
+        theory, text = theories.parse(example.context), f"{example.context} {example.question}"
+        assert len(theory.rules) == 5 and len(theory.closure()) == 7  # other words, the same logic
+        labelled = {theories.to_text(literal): label for literal, label, _ in theories.labels(theory)}
+        for field, answer in example.answered:
+            statement = example.question if len(example.fields) == 1 else field.name
+            assert labelled[statement] == answer
+            assert len(example.fields) == 1 or text[: field.at + 1].endswith(statement)
+
+
 def test_rows_with_and_without_distractors_are_mixed_and_held_out_by_depth(monkeypatch):
     monkeypatch.setattr(prontoqa_shortcut, "NUM_HELD_OUT", 2)
     rows = [
@@ -392,18 +439,20 @@ def test_one_table_of_all_sets(tmp_path, monkeypatch):
             "exact_match": [{"name": "LoRA", "train_seconds": 9.6, **figures(0.125)}],
         },
     }
+    files["x_smollm2/more.json"] = {"split": "test", "baselines": [{"name": "other probe", **figures(0.5)}]}
     for name, content in files.items():
         path = tmp_path / "results" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
     monkeypatch.setattr(render, "ROOT", tmp_path)
-    start, end = "<!-- summary: x_smollm2+../x_text/written.json -->", "<!-- end -->"
+    start, end = "<!-- summary: x_smollm2+more.json+../x_text/written.json -->", "<!-- end -->"
     found = render.render(f"Before\n{start}\nold\n{end}\nafter")
     first, *lines, last = found.split("\n")[1:-1]
     assert (first, last) == (start, end) and "old" not in lines
     assert lines[2:] == [
         "| [x](results/x_smollm2/) | **head** | 8 | 0.750 (0.000–1.000) | 9: 0.750 (0.000–1.000) | 2,100 | – | – |",
         "|  | probe | 8 | 0.250 (0.000–1.000) | 9: 0.250 (0.000–1.000) | – | – | – |",
+        "|  | other probe | 8 | 0.500 (0.000–1.000) | 9: 0.500 (0.000–1.000) | – | – | – |",
         "|  | LoRA, in words | 8, valid | 0.125 (0.000–1.000) | 9: 0.125 (0.000–1.000) | – | 10 | – |",
         "| | [They](S) | – | – | 9 hops: 0.5 | – | – | – |",
     ]
