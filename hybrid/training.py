@@ -438,8 +438,8 @@ class Trainer:
         hidden_states, mask, fields, labels = self.train.batch(self.model, examples, self.train.num_fields)
         due = self.train.due_labels(examples, (rows.steps[part] + 1).tolist(), labels)
         if settings.feature_noise > 0:
-            scale = settings.feature_noise * hidden_states.float().pow(2).mean(-1, keepdim=True).sqrt()
-            hidden_states = hidden_states + scale.to(hidden_states.dtype) * torch.randn_like(hidden_states)
+            deviation = settings.feature_noise / self.model.adapter.inverse_scale
+            hidden_states = hidden_states + deviation.to(hidden_states.dtype) * torch.randn_like(hidden_states)
         output: Any = self.model(
             hidden_states,
             mask,

@@ -609,6 +609,30 @@ def test_answers_that_no_step_would_be_asked_for_are_refused(folder, backbone):
     assert "valid_fields" not in lines[-1]
 
 
+def test_feature_noise_is_relative_to_each_dimension(folder, backbone, monkeypatch):
+    """A few dimensions of a language model are huge: noise in proportion to them would drown all others."""
+    config = tiny_run(folder, feature_noise=0.1, num_updates=2)
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    scale = trainer.model.adapter.inverse_scale
+    seen, forward = [], trainer.model.adapter.forward
+    monkeypatch.setattr(
+        trainer.model.adapter, "forward", lambda states, mask: seen.append((states, mask)) or forward(states, mask)
+    )
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    batch = trainer.train.batch
+
+    def without(*arguments):
+        states, *rest = batch(*arguments)
+        return torch.zeros_like(states), *rest
+
+    monkeypatch.setattr(trainer.train, "batch", without)
+    trainer.update()
+    assert seen
+    for states, mask in seen:
+        noise = (states.float() * scale)[mask]
+        torch.testing.assert_close(noise, torch.full_like(noise, 0.1), rtol=0.01, atol=0)
+
+
 def test_places_that_hold_for_other_texts():
     def example(*fields: Field) -> Example:
         return Example(None, "? ? ?", fields, tuple("1" for _ in fields), None, "x")
