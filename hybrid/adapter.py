@@ -9,17 +9,21 @@ from torch import Tensor, nn
 
 from hybrid.layers import Attention, SwiGLU, rms_norm
 
+VARIANCE_FLOOR = 0.03  # of a direction that is whitened, so that what hardly varies is not blown up
+
 
 class Adapter(nn.Module):
     """Projects hidden states of one or several layers to the memory that the reasoner reads.
 
     Every dimension of every layer is first standardised with statistics of the training set (`fit_statistics`): a few
     dimensions of a language model's states are huge and nearly constant, and would drown the others. Then the layers
-    are mixed, projected to `dim` and scaled to unit root mean square.
+    are mixed, projected to `dim` and scaled to unit root mean square. With `whiten`, the dimensions of a layer are
+    decorrelated in between.
 
     Args:
         kind: `linear`, `mlp` or `resampler`.
         layer_mix: `concat` or `weighted_sum`.
+        whiten: Decorrelate the dimensions of each layer.
         num_layers: Layers per token in the input.
         backbone_dim: Width of the input.
         dim: Width of the memory.
@@ -30,12 +34,14 @@ class Adapter(nn.Module):
 
     center: Tensor
     inverse_scale: Tensor
+    whitening: Tensor | None
 
     def __init__(
         self,
         *,
         kind: str = "linear",
         layer_mix: str = "concat",
+        whiten: bool = False,
         num_layers: int,
         backbone_dim: int,
         dim: int,
@@ -47,6 +53,8 @@ class Adapter(nn.Module):
         self.dropout = dropout
         self.register_buffer("center", torch.zeros(num_layers, backbone_dim))
         self.register_buffer("inverse_scale", torch.ones(num_layers, backbone_dim))
+        whitening = torch.eye(backbone_dim).repeat(num_layers, 1, 1) if whiten else None
+        self.register_buffer("whitening", whitening)
         self.mix_logits = nn.Parameter(torch.zeros(num_layers)) if layer_mix == "weighted_sum" else None
         self.projection = nn.Linear(backbone_dim * (1 if layer_mix == "weighted_sum" else num_layers), dim, bias=False)
         self.mlp = SwiGLU(dim, 2 * dim) if kind == "mlp" else None
@@ -54,16 +62,22 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def fit_statistics(self, hidden_states: Float[Tensor, "tokens layers backbone_dim"]) -> None:
-        """Take mean and standard deviation of each dimension from a sample of the training set's tokens."""
+        """Take what standardises, and whitens, each layer from a sample of the training set's tokens."""
         states = hidden_states.float()
         self.center.copy_(states.mean(0))
         self.inverse_scale.copy_(1 / states.std(0).clamp(min=1e-4))
+        if self.whitening is not None:
+            scaled = ((states - self.center) * self.inverse_scale).transpose(0, 1)  # (layers, tokens, backbone_dim)
+            variances, directions = torch.linalg.eigh(scaled.mT @ scaled / len(states))
+            self.whitening.copy_(directions / (variances.clamp(min=0) + VARIANCE_FLOOR).sqrt().unsqueeze(1))
 
     def forward(
         self, hidden_states: Float[Tensor, "batch tokens layers backbone_dim"], mask: Bool[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch vectors dim"], Bool[Tensor, "batch vectors"]]:
         """Memory, and which of its vectors exist (`vectors` is `tokens` but for the resampler)."""
         scaled = (hidden_states - self.center) * self.inverse_scale
+        if self.whitening is not None:
+            scaled = torch.einsum("btld,lde->btle", scaled, self.whitening)
         if self.mix_logits is not None:
             mixed = torch.einsum("btld,l->btd", scaled, self.mix_logits.softmax(0))
         else:

@@ -41,6 +41,7 @@ from hybrid.config import SMOLLM2, BackboneConfig
 
 CONTEXT_SEPARATOR = " "  # so that one text and (context, question) tokenise alike
 ECHO_SEPARATOR = "\n"
+SENTENCE_END = set(".?!\n")  # characters in the last token of a sentence
 SHORT = 512  # tokens up to which plain matrix products attend faster on a CPU than its flash kernel does
 
 
@@ -51,16 +52,30 @@ def one_text(context: str | None, question: str) -> str:
 
 @dataclass
 class Prompt:
-    """A question as the backbone reads it; the states of `memory_start:memory_stop` become memory."""
+    """A question as the backbone reads it; the states of `memory_start:memory_stop` become memory.
+
+    Of them those numbered in `kept`, if that is not `None`.
+    """
 
     token_ids: list[int]
     memory_start: int
     memory_stop: int
+    kept: list[int] | None = None
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The tokens of the text, once."""
+        return self.token_ids[self.memory_start : self.memory_stop]
 
     @property
     def memory_ids(self) -> list[int]:
         """The tokens whose states become memory."""
-        return self.token_ids[self.memory_start : self.memory_stop]
+        return self.text_ids if self.kept is None else [self.text_ids[token] for token in self.kept]
+
+    def memory_of(self, states: Tensor) -> Tensor:
+        """The states (tokens, …) that become memory, of those of all tokens."""
+        text = states[self.memory_start : self.memory_stop]
+        return text if self.kept is None else text[self.kept]
 
 
 @dataclass
@@ -136,10 +151,11 @@ class Backbone:
         revision: str | None = None,
         layers: Sequence[int] | None = None,
         template: str = "echo",
+        memory: str = "tokens",
     ):
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
-        self.name, self.revision, self.template = name, revision, template
+        self.name, self.revision, self.template, self.memory = name, revision, template, memory
         config = model.config.get_text_config()
         self.dim: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
@@ -156,6 +172,7 @@ class Backbone:
                 block.register_forward_hook(partial(_keep, layer))
         self._is_causal: bool | None = None
         self._vocabulary_statistics: tuple[Tensor, Tensor] | None = None
+        self._sentence_ends: frozenset[int] | None = None
         self.special_prefix, self._suffix = _special_tokens_around(tokenizer)
 
     @classmethod
@@ -165,6 +182,7 @@ class Backbone:
         revision: str | None = None,
         layers: Sequence[int] | None = None,
         template: str = "echo",
+        memory: str = "tokens",
         dtype: str = "auto",
         device: str | torch.device | None = None,
         quantization: str | None = None,
@@ -205,6 +223,7 @@ class Backbone:
             revision=revision,
             layers=layers,
             template=template,
+            memory=memory,
         )
 
     @property
@@ -217,8 +236,8 @@ class Backbone:
         """Type of the frozen weights."""
         return self.model.dtype
 
-    def with_settings(self, layers: Sequence[int], template: str) -> Backbone:
-        """The same frozen model read at other layers or with another template; weights are shared.
+    def with_settings(self, layers: Sequence[int], template: str, memory: str = "tokens") -> Backbone:
+        """The same frozen model read at other layers, or otherwise; weights are shared.
 
         Raises:
             ValueError: The model has no such layer.
@@ -226,7 +245,7 @@ class Backbone:
         if max(layers) > self.num_layers:
             raise ValueError(f"backbone.layers={list(layers)}: {self.name} has layers 0 to {self.num_layers}")
         other = copy.copy(self)
-        other.layers, other.template = list(layers), template
+        other.layers, other.template, other.memory = list(layers), template, memory
         return other
 
     @property
@@ -247,7 +266,7 @@ class Backbone:
 
     def fingerprint(self) -> dict[str, Any]:
         """What the hidden states depend on, beside the text."""
-        return {
+        parts = {
             "name": self.name,
             "revision": self.revision,
             "layers": self.stored_layers,
@@ -255,6 +274,7 @@ class Backbone:
             "template": [self.template, CONTEXT_SEPARATOR, ECHO_SEPARATOR],
             "weights": self.quick_hash(),
         }
+        return parts if self.memory == "tokens" else {**parts, "memory": self.memory}
 
     def quick_hash(self) -> str:
         """`quick_hash` of the frozen model."""
@@ -293,7 +313,17 @@ class Backbone:
         start = len(self.special_prefix) + len(repeated)
         token_ids = [*self.special_prefix, *repeated, *ids, *self._suffix]
         self._check_length(token_ids, text)
-        return Prompt(token_ids, start, start + len(ids))
+        return Prompt(token_ids, start, start + len(ids), self._kept(ids))
+
+    def _kept(self, ids: Sequence[int]) -> list[int] | None:
+        """Which tokens of a text become memory: `None` for all, or the last of each sentence and of the text."""
+        if self.memory == "tokens":
+            return None
+        if self._sentence_ends is None:
+            words = enumerate(self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))]))
+            self._sentence_ends = frozenset(token for token, word in words if SENTENCE_END & set(word))
+        last = len(ids) - 1
+        return [number for number, token in enumerate(ids) if token in self._sentence_ends or number == last]
 
     def _check_length(self, token_ids: Sequence[int], text: str) -> None:
         if self.max_tokens is not None and len(token_ids) > self.max_tokens:
@@ -308,7 +338,9 @@ class Backbone:
         return ids
 
     def tokens_at(self, text: str, characters: Sequence[int]) -> list[int]:
-        """Which of the memory tokens of a text holds each of some characters, both numbered from 0, as in a list.
+        """Which vector of a text's memory holds each of some characters, both numbered from 0, as in a list.
+
+        Where memory is of sentences, it is that of the sentence.
 
         Raises:
             ValueError: The text is shorter, or the tokenizer is slow (it does not tell).
@@ -317,8 +349,8 @@ class Backbone:
             raise ValueError(
                 f"the tokenizer of {self.name} does not tell where its tokens stand: set data.places=false"
             )
-        offsets: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        ends = [end for _, end in offsets]
+        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"]]
         if outside := [character for character in characters if not -ends[-1] <= character < ends[-1]]:
             raise ValueError(
                 f"a field stands at character {outside[0]}, and the text (context, a space, question) has "
@@ -326,7 +358,9 @@ class Backbone:
             )
         found = [bisect.bisect_right(ends, character % ends[-1]) for character in characters]
         # A piece that marks the start of a word ends where the word's first letter does: the last of them holds it.
-        return [bisect.bisect_right(ends, ends[token]) - 1 for token in found]
+        tokens = [bisect.bisect_right(ends, ends[token]) - 1 for token in found]
+        kept = self._kept(encoded["input_ids"])
+        return tokens if kept is None else [bisect.bisect_left(kept, token) for token in tokens]
 
     # -- text to go on from ----------------------------------------------------------------------------------------
 
@@ -345,7 +379,7 @@ class Backbone:
         """
         before, after = self._chat_tokens() if chat else (self.special_prefix, [])
         after = [*after, *self._token_ids(suffix)]
-        return [self._text_prompt([*before, *r.memory_ids, *after], len(after), r) for r in self.prompts(texts)]
+        return [self._text_prompt([*before, *r.text_ids, *after], len(after), r) for r in self.prompts(texts)]
 
     def text_prompt_of_ids(self, token_ids: list[int], suffix: str = "") -> TextPrompt:
         """A tokenised prompt; the reasoner reads the question in it, without chat template, special tokens, `suffix`.
@@ -380,7 +414,7 @@ class Backbone:
 
         What it shares ends with the echo's separator, whatever word the question begins with.
         """
-        self._check_length(token_ids, str(self.tokenizer.decode(reading.memory_ids)))
+        self._check_length(token_ids, str(self.tokenizer.decode(reading.text_ids)))
         limit = reading.memory_start if self.template == "echo" else reading.memory_stop
         shared = min(_num_shared(token_ids[:-1], reading.token_ids), limit)
         goes_on = shared >= len(token_ids) - max(1, num_after)
@@ -437,7 +471,7 @@ class Backbone:
         """
         layers = self.stored_layers if layers is None else list(layers)
         if not layers:
-            return [torch.empty(p.memory_stop - p.memory_start, 0, self.dim, dtype=self.dtype) for p in prompts]
+            return [torch.empty(len(p.memory_ids), 0, self.dim, dtype=self.dtype) for p in prompts]
         lengths = [len(prompt.token_ids) for prompt in prompts]
         longest = max(lengths)
         token_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -448,7 +482,7 @@ class Backbone:
             mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(self.device)
         states = self._run_to(layers, token_ids.to(self.device), mask)
         return [
-            torch.stack([state[row, prompt.memory_start : prompt.memory_stop] for state in states], dim=1)
+            torch.stack([prompt.memory_of(state[row]) for state in states], dim=1)
             for row, prompt in enumerate(prompts)
         ]
 

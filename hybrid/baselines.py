@@ -118,7 +118,7 @@ def without_backbone(config: RunConfig) -> RunConfig:
 
     The embeddings are the language model's own, looked up; none of its blocks runs.
     """
-    backbone = replace(config.backbone, layers=[0], template="plain")
+    backbone = replace(config.backbone, layers=[0], template="plain", memory="tokens")
     return replace(config, backbone=backbone, reasoner=replace(config.reasoner, refine_memory=True, rotary=True))
 
 
@@ -351,7 +351,7 @@ def _pooled_layers(backbone: Backbone, examples: Sequence[Example], token_budget
             chosen = [prompts[row] for row in rows]
             states = backbone.hidden_states(chosen, layers=range(1, backbone.num_layers + 1))
             for row, prompt, state in zip(rows, chosen, states, strict=True):
-                token_ids = torch.tensor(prompt.token_ids[prompt.memory_start : prompt.memory_stop])
+                token_ids = torch.tensor(prompt.memory_ids)
                 both = torch.cat([backbone.embed_tokens(token_ids).unsqueeze(1), state], dim=1).float()
                 pooled[row] = torch.cat([both.mean(0), both[-1]], dim=1).cpu()
             bar.update(sum(lengths[row] for row in rows))

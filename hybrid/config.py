@@ -35,6 +35,8 @@ class BackboneConfig:
             embedding and two layers in the middle (two fifths and two thirds of the depth).
         template: `plain` shows the text once; `echo` shows it twice and keeps the states of the second copy, so that
             a causal model has read the question before the context (Springer et al. 2024, arXiv:2402.15449).
+        memory: `tokens` keeps the state of every token; `sentences` that of each sentence's last one (its full stop),
+            which knows the sentence: memory is then a seventh as long on bAbI and ProofWriter.
         dtype: Weights of the backbone: `auto` is bfloat16 where the device multiplies it natively.
         quantization: `4bit` or `8bit` (needs `bitsandbytes`).
         gguf_file: File name inside `name_or_path` when the model is a GGUF.
@@ -44,6 +46,7 @@ class BackboneConfig:
     revision: str | None = None
     layers: list[int] | None = None
     template: Literal["plain", "echo"] = "echo"
+    memory: Literal["tokens", "sentences"] = "tokens"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["4bit", "8bit"] | None = None
     gguf_file: str | None = None
@@ -68,12 +71,16 @@ class AdapterConfig:
             `num_vectors` vectors, as in Perceiver, arXiv:2107.14795).
         layer_mix: How several layers become one vector a token: `concat`, or `weighted_sum` with learned weights
             (ELMo, arXiv:1802.05365), which needs fewer parameters.
+        whiten: Decorrelate the dimensions of each layer, and give all of them the same variance, before they are
+            projected (Su et al. 2021, arXiv:2103.15316): what tells two texts apart is spread over dimensions that
+            vary little. Costs a matrix per layer in the head.
         num_vectors: Length of the memory that the resampler makes; ignored by the others.
         dropout: Dropout on the memory in training.
     """
 
     kind: Literal["linear", "mlp", "resampler"] = "linear"
     layer_mix: Literal["concat", "weighted_sum"] = "concat"
+    whiten: bool = False
     num_vectors: int = 64
     dropout: float = 0.0
 
@@ -295,7 +302,7 @@ class TrainingConfig:
         recursion_schedule: Stages that grow the recursion.
         curriculum: Draw the shallowest training depth first, and add the next one as soon as this share of the
             deepest drawn so far is answered right; `None` draws all depths from the start.
-        feature_noise: Standard deviation of noise on the (unit-variance) hidden states.
+        feature_noise: Standard deviation of noise on the hidden states, relative to that of each dimension.
         eval_every: Updates between evaluations on the validation split.
         save_every: Updates between checkpoints.
         log_every: Updates between log lines.

@@ -374,7 +374,7 @@ def fill_cache(
     with bar, closing(states):
         for batch, batch_states in zip(batches, states, strict=True):
             chosen = [prompts[index] for index in batch]
-            token_ids = [torch.tensor(prompt.token_ids[prompt.memory_start : prompt.memory_stop]) for prompt in chosen]
+            token_ids = [torch.tensor(prompt.memory_ids) for prompt in chosen]
             features = map(Features, token_ids, batch_states)
             cache.write(zip((keys[missing[index]] for index in batch), features, strict=True))
             bar.update(sum(lengths[index] for index in batch))

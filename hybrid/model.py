@@ -96,6 +96,7 @@ class HybridModel(PreTrainedModel):
         self.adapter = Adapter(
             kind=adapter.kind,
             layer_mix=adapter.layer_mix,
+            whiten=adapter.whiten,
             num_layers=len(config.backbone.layers),
             backbone_dim=config.backbone_dim,
             dim=reasoner.dim,
@@ -174,7 +175,9 @@ class HybridModel(PreTrainedModel):
             license: Licence of the head, for its card.
         """
         config = HybridConfig(
-            backbone=replace(backbone_config, layers=backbone.layers, template=backbone.template),
+            backbone=replace(
+                backbone_config, layers=backbone.layers, template=backbone.template, memory=backbone.memory
+            ),
             adapter=adapter or AdapterConfig(),
             reasoner=reasoner or ReasonerConfig(),
             text=text or TextConfig(),
@@ -211,7 +214,7 @@ class HybridModel(PreTrainedModel):
         Raises:
             ValueError: Its hidden size or number of layers does not fit the head.
         """
-        layers, template = self.config.backbone.layers, self.config.backbone.template
+        settings = self.config.backbone
         if backbone.dim != self.config.backbone_dim:
             raise ValueError(
                 f"this head was trained on hidden size {self.config.backbone_dim} "
@@ -223,7 +226,7 @@ class HybridModel(PreTrainedModel):
         recorded = self.config.backbone.name_or_path
         if not backbone.name.startswith(recorded):
             warnings.warn(f"this head was trained on {recorded}, and gets {backbone.name}", stacklevel=2)
-        self._backbone = backbone.with_settings(layers, template)
+        self._backbone = backbone.with_settings(settings.layers, settings.template, settings.memory)
         self._texts = _TextTable()
         return self
 

@@ -123,7 +123,7 @@ def read_prompts(
     for row, (reading, head) in enumerate(zip(readings, heads, strict=True)):
         places = slice(head_ids.shape[1] - len(head), None), slice(len(rest[row]))
         parts = [part[row, place] for part, place in zip(stacked, places, strict=True) if part is not None]
-        states.append(torch.cat(parts)[reading.memory_start : reading.memory_stop])
+        states.append(reading.memory_of(torch.cat(parts)))
     return PromptPass(cache, tails, states)
 
 

@@ -46,6 +46,23 @@ def test_every_dimension_is_standardised_whatever_its_size():
     assert "center" in module.state_dict()  # statistics travel with the head
 
 
+def test_whitened_dimensions_are_uncorrelated_and_travel_with_the_head():
+    torch.manual_seed(0)
+    module, mixing = adapter(whiten=True), torch.randn(WIDTH, WIDTH)
+    states = torch.randn(4000, LAYERS, WIDTH) @ mixing + 3
+    module.fit_statistics(states)
+    seen = []
+    module.projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    module(states.unsqueeze(0), torch.ones(1, 4000, dtype=torch.bool))
+    whitened = seen[0][0].unflatten(1, (LAYERS, WIDTH))
+    for layer in range(LAYERS):
+        covariance = whitened[:, layer].T.cov()
+        assert (covariance - covariance.diag().diag()).abs().max() < 0.02
+        assert covariance.diag().max() < 1.01 and covariance.diag().median() > 0.8  # less where little varied
+    assert module.state_dict()["whitening"].shape == (LAYERS, WIDTH, WIDTH)
+    assert "whitening" not in adapter().state_dict()
+
+
 def test_weighted_sum_learns_its_mix():
     module = adapter(layer_mix="weighted_sum")
     memory, _ = module(torch.randn(BATCH, TOKENS, LAYERS, WIDTH), torch.ones(BATCH, TOKENS, dtype=torch.bool))

@@ -65,6 +65,22 @@ def test_characters_are_found_in_the_tokens_of_the_memory(any_backbone):
             any_backbone.tokens_at(text, [0, outside])
 
 
+def test_memory_of_sentences_is_that_of_their_last_tokens(any_backbone):
+    text = one_text(*TEXTS[1])
+    whole = any_backbone.prompt(*TEXTS[1])
+    is_end = [any_backbone.tokenizer.decode([token]).strip() in (".", "?") for token in whole.memory_ids]
+    ends = [token for token, end in zip(whole.memory_ids, is_end, strict=True) if end]
+    sentences = any_backbone.with_settings(any_backbone.layers, any_backbone.template, "sentences")
+    prompt = sentences.prompt(*TEXTS[1])
+    assert prompt.token_ids == whole.token_ids and prompt.memory_ids == ends and len(ends) == 3
+    [all_states], [states] = any_backbone.hidden_states([whole]), sentences.hidden_states([prompt])
+    torch.testing.assert_close(states, all_states[torch.tensor(is_end)])
+    places = [text.index("C"), text.index("?"), 0, text.index("B is")]
+    assert sentences.tokens_at(text, places) == [1, 2, 0, 1]
+    assert len(sentences.prompt(None, "A is left").memory_ids) == 1  # the end of a text is one, too
+    assert sentences.fingerprint() == any_backbone.fingerprint() | {"memory": "sentences"}
+
+
 def test_the_mark_of_a_word_is_not_its_first_letter(backbone):
     characters = Tokenizer(WordLevel({"<unk>": 0, "▁": 1, "5": 2, "3": 3}, unk_token="<unk>"))
     characters.pre_tokenizer = Sequence([Metaspace(), Split(Regex("."), "isolated")])

@@ -150,7 +150,10 @@ def test_heads_without_recursion_have_equal_parameters_or_equal_compute(tmp_path
 
 
 def test_reasoner_without_a_language_model_runs_none_of_its_blocks(tmp_path, backbone, monkeypatch):
-    head = head_of(without_backbone(tiny_run(tmp_path)), backbone).eval()
+    config = tiny_run(tmp_path)
+    config.backbone.memory = "sentences"  # whose full stops say nothing without a block
+    assert without_backbone(config).backbone.memory == "tokens"
+    head = head_of(without_backbone(config), backbone).eval()
     monkeypatch.setattr(Backbone, "_run_to", lambda *args: pytest.fail("a block ran"))
     one = head.answer("A is left of B . Where is A relative to B ?", choices=["left", "right"])
     other = head.answer("B is left of A . Where is A relative to B ?", choices=["left", "right"])
