@@ -1,0 +1,297 @@
+"""ProofWriter theories with further statements, whose truth forward chaining tells, in other words each time.
+
+    python results/theories.py ../shared/data/proofwriter_d5.jsonl --output runs/theories.jsonl
+
+3,000 questions are few. Each training theory comes `--copies` times: names, attributes and verbs exchanged for others
+of their kind, facts and rules in another order, and with one to `--statements` statements, each a field that stands at
+its last character. A statement that follows is true, one whose opposite follows is false, any other is unknown (open
+world); as many of each are drawn as there are, and of those that follow as many of each proof depth. A theory in
+`HOLD_OUT` is kept for validation, with its own question alone; test rows are those of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shlex
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hybrid.backbone import one_text
+from hybrid.evaluation import provenance, write_results
+
+HOLD_OUT = 12  # of so many theories, one is kept for validation
+SINGLE = 1 / 8  # of the training rows have one statement, as those of the file
+OPTIONS = ("True", "False", "Unknown")
+PEOPLE = ["Anne", "Bob", "Charlie", "Dave", "Erin", "Fiona", "Gary", "Harry"]
+ANIMALS = ["bald eagle", "bear", "cat", "cow", "dog", "lion", "mouse", "rabbit", "squirrel", "tiger"]
+VERBS = ["chase", "eat", "like", "need", "see", "visit"]
+ATTRIBUTES = [
+    "big", "blue", "cold", "furry", "green", "kind", "nice", "quiet", "red", "rough", "round", "smart", "white",
+    "young",
+]  # fmt: skip
+WORD = re.compile(r"\b(?:bald eagle|[A-Za-z]+)\b")
+ANYTHING = ("something", "someone", "it", "they")
+NAME = r"(?:[Tt]he )?(?:bald eagle|\w+)"
+CLAUSE = re.compile(
+    rf"(?P<subject>{NAME}) (?:(?:is|are) (?P<attributes>.+)|(?P<not>do(?:es)? not )?(?P<verb>\w+) (?P<object>{NAME}))"
+)
+ALL = re.compile(r"(?:All )?(?P<attributes>.+) (?:things|people) are (?P<conclusion>.+)")
+
+
+class Literal(NamedTuple):
+    """A statement, or a part of a rule: `subject` is `None` where it stands for anything."""
+
+    subject: str | None
+    verb: str  # "is", or a verb without its ending
+    object: str  # an attribute, or a name
+    holds: bool
+
+    def about(self, name: str) -> Literal:
+        """The literal with anything replaced by a name."""
+        return self._replace(subject=name) if self.subject is None else self
+
+
+class Theory(NamedTuple):
+    """What a context says."""
+
+    facts: list[Literal]
+    rules: list[tuple[list[Literal], list[Literal]]]  # conditions, conclusions
+
+    def names(self) -> list[str]:
+        """Whom it speaks of."""
+        literals = [*self.facts, *(literal for rule in self.rules for part in rule for literal in part)]
+        named = {literal.subject for literal in literals} | {x.object for x in literals if x.verb != "is"}
+        return sorted(name for name in named if name is not None)
+
+    def closure(self) -> dict[Literal, int]:
+        """Everything that follows, with the length of its shortest proof (0: a fact)."""
+        depth = dict.fromkeys(self.facts, 0)
+        grounded = [
+            ([literal.about(name) for literal in conditions], [literal.about(name) for literal in conclusions])
+            for conditions, conclusions in self.rules
+            for name in (self.names() if any(literal.subject is None for literal in conditions) else [""])
+        ]
+        for length in range(1, len(grounded) + 1):
+            fired = [c for conditions, c in grounded if all(depth.get(x, length) < length for x in conditions)]
+            new = {literal for conclusions in fired for literal in conclusions} - set(depth)
+            if not new:
+                break
+            depth |= dict.fromkeys(new, length)
+        return depth
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--copies", type=int, default=5, help="how often each training theory comes")
+    parser.add_argument("--statements", type=int, default=24, help="at most so many in a row")
+    parser.add_argument("--labels", type=Path, help="a result file: how often forward chaining and the file agree")
+    parsed = parser.parse_args(arguments)
+    rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
+    if parsed.labels:
+        command = shlex.join(["python", "results/theories.py", *arguments])
+        write_results(parsed.labels, {**agreement(rows), **provenance(command, seed=0)})
+    written = [row for row in rows if row["split"] == "dev"] + with_statements(rows, parsed.copies, parsed.statements)
+    parsed.output.parent.mkdir(parents=True, exist_ok=True)
+    parsed.output.write_text("".join(json.dumps(row) + "\n" for row in written))
+    print(f"{len(written)} rows")
+
+
+def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int) -> list[dict[str, Any]]:
+    """Validation rows, and training rows in other words with several statements."""
+    theories = sorted({row["context"] for row in rows if row["split"] == "train"})
+    held_out, draw = set(theories[::HOLD_OUT]), random.Random(0)
+    written = [row | {"split": "valid"} for row in rows if row["context"] in held_out]
+    for number, context in enumerate(theories):
+        if context in held_out:
+            continue
+        labelled = labels(parse(context))
+        for copy in range(copies):
+            size = 1 if draw.random() < SINGLE else draw.randint(2, most)
+            chosen = draw_statements(labelled, size, draw)
+            exchanged, told = exchange(draw), in_another_order(context, draw)
+            texts = [reworded(to_text(literal), exchanged) for literal, _, _ in chosen]
+            row = {"id": f"{number}-{copy}", "split": "train", "context": reworded(told, exchanged)}
+            row |= {"question": " ".join(texts), "depth": chosen[0][2]}
+            answers = [label for _, label, _ in chosen]
+            written.append(row | as_fields(row["context"], texts, answers))
+    return written
+
+
+def as_fields(context: str, texts: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
+    """One answer to one statement, or a field for each of several, at its last character: as JSON, in one column."""
+    if len(texts) == 1:
+        return {"answer": answers[0], "choices": list(OPTIONS)}
+    fields, text = [], context
+    for statement in texts:
+        text = one_text(text, statement)
+        fields.append({"name": statement, "options": list(OPTIONS), "at": len(text) - 1})
+    answer = json.dumps(dict(zip(texts, answers, strict=True)))
+    return {"fields": json.dumps(fields), "answer": answer}
+
+
+def draw_statements(
+    labelled: Sequence[tuple[Literal, str, int | None]], size: int, draw: random.Random
+) -> list[tuple[Literal, str, int | None]]:
+    """Different statements: each label as often as another, and each depth where there is one."""
+    groups: dict[str, dict[int | None, list[tuple[Literal, str, int | None]]]] = defaultdict(lambda: defaultdict(list))
+    for entry in labelled:
+        groups[entry[1]][entry[2]].append(entry)
+    chosen: dict[Literal, tuple[Literal, str, int | None]] = {}
+    for _ in range(20 * size):
+        by_depth = groups[draw.choice(sorted(groups))]
+        entry = draw.choice(by_depth[draw.choice(sorted(by_depth, key=str))])
+        chosen.setdefault(entry[0], entry)
+        if len(chosen) == size:
+            break
+    return list(chosen.values())
+
+
+def labels(theory: Theory) -> list[tuple[Literal, str, int | None]]:
+    """Every statement in a theory's own words, whether it is true, and how long its proof is."""
+    names, closure = theory.names(), theory.closure()
+    literals = {*theory.facts, *(x for rule in theory.rules for part in rule for x in part)}
+    attributes = sorted({x.object for x in literals if x.verb == "is"})
+    verbs = sorted({x.verb for x in literals} - {"is"})
+    said = [(name, "is", attribute) for name in names for attribute in attributes]
+    said += [(name, verb, other) for name in names for verb in verbs for other in names if name != other]
+    labelled = []
+    for subject, verb, thing in said:
+        for holds in (True, False):
+            literal = Literal(subject, verb, thing, holds)
+            opposite = literal._replace(holds=not holds)
+            label = "True" if literal in closure else "False" if opposite in closure else "Unknown"
+            labelled.append((literal, label, closure.get(literal, closure.get(opposite))))
+    return labelled
+
+
+# -- text to literals, and back ------------------------------------------------------------------------------------
+
+
+def parse(context: str) -> Theory:
+    """Read the facts and rules of a context.
+
+    Raises:
+        ValueError: A sentence is none that ProofWriter writes.
+    """
+    facts, rules = [], []
+    for sentence in sentences(context):
+        if sentence.startswith("If "):
+            conditions, conclusions = sentence.removeprefix("If ").split(" then ")
+            rules.append((clauses(conditions), clauses(conclusions)))
+        elif match := ALL.fullmatch(sentence):
+            conditions = [attribute(None, each) for each in conjuncts(match["attributes"].lower())]
+            rules.append((conditions, [attribute(None, each) for each in conjuncts(match["conclusion"])]))
+        else:
+            facts += clauses(sentence)
+    return Theory(facts, rules)
+
+
+def sentences(context: str) -> list[str]:
+    """The sentences of a context, without their full stops."""
+    return re.split(r"\.\s*", context.strip())[:-1]
+
+
+def clauses(text: str) -> list[Literal]:
+    """Read `something is round and not young and it sees the cat`."""
+    found: list[Literal] = []
+    parts = re.split(rf" and (?=(?:{NAME}) (?:is|are|does|do|\w+s|{'|'.join(VERBS)})\b)", text)
+    for part in parts:
+        if not (match := CLAUSE.fullmatch(part)):
+            raise ValueError(f"{part!r} is no clause that is known here")
+        subject = bare(match["subject"])
+        if match["attributes"]:
+            found += [attribute(subject, each) for each in conjuncts(match["attributes"])]
+        else:
+            found.append(Literal(subject, base(match["verb"]), str(bare(match["object"])), not match["not"]))
+    return found
+
+
+def conjuncts(text: str) -> list[str]:
+    """`red and not young` as two."""
+    return re.split(r" and |, ", text)
+
+
+def attribute(subject: str | None, text: str) -> Literal:
+    """`not young`, said of somebody."""
+    return Literal(subject, "is", text.removeprefix("not "), not text.startswith("not "))
+
+
+def bare(name: str) -> str | None:
+    """A name without its article; `None` for something."""
+    name = re.sub(r"^[Tt]he ", "", name)
+    return None if name.lower() in ANYTHING else name
+
+
+def base(verb: str) -> str:
+    """A verb without its ending."""
+    return verb if verb in VERBS else verb.removesuffix("s")
+
+
+def to_text(literal: Literal) -> str:
+    """The statement in words."""
+    subject, thing = (f"the {x}" if x in ANIMALS else x for x in (str(literal.subject), literal.object))
+    if literal.verb == "is":
+        predicate = f"is {'' if literal.holds else 'not '}{literal.object}"
+    else:
+        predicate = f"{literal.verb}s {thing}" if literal.holds else f"does not {literal.verb} {thing}"
+    return f"{subject[0].upper()}{subject[1:]} {predicate}."
+
+
+# -- other words ---------------------------------------------------------------------------------------------------
+
+
+def exchange(draw: random.Random) -> dict[str, str]:
+    """Every name, attribute and verb, and another of its kind for it."""
+    exchanged: dict[str, str] = {}
+    for words in (PEOPLE, ANIMALS, ATTRIBUTES, VERBS):
+        exchanged |= zip(words, draw.sample(words, len(words)), strict=True)
+    exchanged |= {f"{verb}s": f"{exchanged[verb]}s" for verb in VERBS}
+    return exchanged
+
+
+def reworded(text: str, exchanged: dict[str, str]) -> str:
+    """The text with words exchanged; a capital stays where it was."""
+
+    def other(match: re.Match[str]) -> str:
+        word = match[0]
+        if word in exchanged:
+            return exchanged[word]
+        new = exchanged.get(word.lower(), word)
+        return new if new == word else new[0].upper() + new[1:]
+
+    return WORD.sub(other, text)
+
+
+def in_another_order(context: str, draw: random.Random) -> str:
+    """Facts first, then rules, as in the original, each in any order."""
+    told: dict[bool, list[str]] = {False: [], True: []}
+    for sentence in sentences(context):
+        told[sentence.startswith("If ") or bool(ALL.fullmatch(sentence))].append(f"{sentence}.")
+    return " ".join(sentence for part in told.values() for sentence in draw.sample(part, len(part)))
+
+
+def agreement(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How often forward chaining gives the answer, and the proof depth, of the file."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        [statement] = clauses(row["question"].removesuffix("."))
+        closure = parse(row["context"]).closure()
+        opposite = statement._replace(holds=not statement.holds)
+        label = "True" if statement in closure else "False" if opposite in closure else "Unknown"
+        counts["rows"] += 1
+        counts["answers"] += label == row["answer"]
+        counts["depths"] += closure.get(statement, closure.get(opposite)) == row["depth"]
+    return {"agreement": dict(counts)}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
