@@ -304,12 +304,15 @@ class Backbone:
             if not text.strip():
                 raise ValueError(f"text {row} is empty: every example needs a question")
         encoded = self.tokenizer(joined, add_special_tokens=False)["input_ids"]
-        separator = self._token_ids(ECHO_SEPARATOR)
-        return [self._in_template(ids, separator, text) for ids, text in zip(encoded, joined, strict=True)]
+        separator, before = self._token_ids(ECHO_SEPARATOR), encoded
+        if self.template == "question_first":
+            before = self.tokenizer([question for _, question in texts], add_special_tokens=False)["input_ids"]
+        rows = zip(before, encoded, joined, strict=True)
+        return [self._in_template(first, ids, separator, text) for first, ids, text in rows]
 
-    def _in_template(self, ids: Sequence[int], separator: Sequence[int], text: str) -> Prompt:
-        """The tokens of a text in the template, between special tokens."""
-        repeated = [*ids, *separator] if self.template == "echo" else []
+    def _in_template(self, first: Sequence[int], ids: Sequence[int], separator: Sequence[int], text: str) -> Prompt:
+        """The tokens of a text in the template, between special tokens; unless that is plain, `first` comes first."""
+        repeated = [] if self.template == "plain" else [*first, *separator]
         start = len(self.special_prefix) + len(repeated)
         token_ids = [*self.special_prefix, *repeated, *ids, *self._suffix]
         self._check_length(token_ids, text)
@@ -406,7 +409,8 @@ class Backbone:
     def _prompt_around(self, token_ids: list[int], question: list[int], num_after: int) -> TextPrompt:
         if not question:
             raise ValueError("the prompt holds no question: give at least one token beside its padding and suffix")
-        reading = self._in_template(question, self._token_ids(ECHO_SEPARATOR), str(self.tokenizer.decode(question)))
+        separator, text = self._token_ids(ECHO_SEPARATOR), str(self.tokenizer.decode(question))
+        reading = self._in_template(question, question, separator, text)
         return self._text_prompt(token_ids, num_after, reading)
 
     def _text_prompt(self, token_ids: list[int], num_after: int, reading: Prompt) -> TextPrompt:

@@ -34,7 +34,8 @@ class BackboneConfig:
         layers: Hidden states to read; 0 is the token embedding, `i` the output of block `i`. `None` picks the
             embedding and two layers in the middle (two fifths and two thirds of the depth).
         template: `plain` shows the text once; `echo` shows it twice and keeps the states of the second copy, so that
-            a causal model has read the question before the context (Springer et al. 2024, arXiv:2402.15449).
+            a causal model has read the question before the context (Springer et al. 2024, arXiv:2402.15449);
+            `question_first` shows the question alone before the text, which costs little more than `plain`.
         memory: `tokens` keeps the state of every token; `sentences` that of each sentence's last one (its full stop),
             which knows the sentence: memory is then a seventh as long on bAbI and ProofWriter.
         dtype: Weights of the backbone: `auto` is bfloat16 where the device multiplies it natively.
@@ -45,7 +46,7 @@ class BackboneConfig:
     name_or_path: str = SMOLLM2
     revision: str | None = None
     layers: list[int] | None = None
-    template: Literal["plain", "echo"] = "echo"
+    template: Literal["plain", "echo", "question_first"] = "echo"
     memory: Literal["tokens", "sentences"] = "tokens"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["4bit", "8bit"] | None = None

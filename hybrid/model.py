@@ -88,6 +88,11 @@ class HybridModel(PreTrainedModel):
                 "adapter.kind='resampler' keeps no tokens for fields to start from: use 'linear' or 'mlp', or set "
                 "data.places=false"
             )
+        if config.text.enabled and config.backbone.template == "question_first":
+            raise ValueError(
+                "backbone.template='question_first' with text.enabled: a prompt does not tell the question from its "
+                "context; use 'echo' or 'plain'"
+            )
         if config.places is not None and config.text.enabled:
             raise ValueError(
                 "text.enabled with fields that stand at a place (at): in other text the place means nothing, so such "

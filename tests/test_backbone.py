@@ -48,6 +48,17 @@ def test_echo_repeats_the_text_and_keeps_the_second_copy(backbone):
     assert not torch.allclose(backbone.hidden_states([two])[0], plain.hidden_states([one])[0])
 
 
+def test_the_question_alone_can_come_first(backbone):
+    plain, first = (backbone.with_settings(backbone.layers, template) for template in ("plain", "question_first"))
+    one, two = plain.prompt(*TEXTS[0]), first.prompt(*TEXTS[0])
+    assert two.memory_ids == one.memory_ids == one.token_ids  # places count as in the text shown once
+    question = plain.prompt(None, TEXTS[0][1]).token_ids
+    assert two.token_ids[: len(question)] == question and two.memory_start > len(question)
+    assert len(two.token_ids) < len(backbone.prompt(*TEXTS[0]).token_ids)
+    assert not torch.allclose(first.hidden_states([two])[0], plain.hidden_states([one])[0])
+    assert first.prompt(None, "A is left").token_ids == backbone.prompt(None, "A is left").token_ids  # an echo
+
+
 def test_one_text_equals_context_and_question(backbone):
     context, question = TEXTS[0]
     assert backbone.prompt(context, question) == backbone.prompt(None, f"{context} {question}")

@@ -150,6 +150,16 @@ def test_heads_without_places_ignore_them(model):
     assert answer == model.answer(QUESTION)
 
 
+def test_heads_that_see_the_question_first_do_not_write(backbone):
+    config = BackboneConfig(name_or_path="tiny-llama", template="question_first")
+    first = backbone.with_settings(backbone.layers, "question_first")
+    model = HybridModel.from_backbone(first, backbone_config=config, reasoner=tiny_reasoner(), choices=CHOICES)
+    together, apart = model.answer(QUESTION), model.answer("Where is C ?", context="A is left of B .")
+    assert model.config.backbone.template == "question_first" and {together.value, apart.value} <= set(CHOICES)
+    with pytest.raises(ValueError, match="a prompt does not tell the question from its context"):
+        HybridModel.from_backbone(first, backbone_config=config, text=TextConfig(enabled=True), choices=CHOICES)
+
+
 def test_heads_with_places_need_tokens_and_do_not_write(backbone):
     arguments = {"backbone_config": BackboneConfig(name_or_path="tiny-llama"), "places": {}}
     with pytest.raises(ValueError, match="'resampler' keeps no tokens for fields to start from"):
