@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hybrid.layers import Attention, SwiGLU, rms_norm
 
+MIN_DEVIATION = 1e-4  # of a dimension that is read
 VARIANCE_FLOOR = 0.03  # of a direction that is whitened, so that what hardly varies is not blown up
 
 
@@ -65,7 +66,8 @@ class Adapter(nn.Module):
         """Take what standardises, and whitens, each layer from a sample of the training set's tokens."""
         states = hidden_states.float()
         self.center.copy_(states.mean(0))
-        self.inverse_scale.copy_(1 / states.std(0).clamp(min=1e-4))
+        deviation = states.std(0)  # what is the same everywhere says nothing, and would be huge where it differs once
+        self.inverse_scale.copy_(torch.where(deviation < MIN_DEVIATION, 0.0, 1 / deviation.clamp(min=MIN_DEVIATION)))
         if self.whitening is not None:
             scaled = ((states - self.center) * self.inverse_scale).transpose(0, 1)  # (layers, tokens, backbone_dim)
             variances, directions = torch.linalg.eigh(scaled.mT @ scaled / len(states))

@@ -35,7 +35,8 @@ class BackboneConfig:
             embedding and two layers in the middle (two fifths and two thirds of the depth).
         template: `plain` shows the text once; `echo` shows it twice and keeps the states of the second copy, so that
             a causal model has read the question before the context (Springer et al. 2024, arXiv:2402.15449);
-            `question_first` shows the question alone before the text, which costs little more than `plain`.
+            `question_first` shows the question alone before the text, which costs little more than `plain` (without a
+            context, the question is the text, and is echoed).
         memory: `tokens` keeps the state of every token; `sentences` that of each sentence's last one (its full stop),
             which knows the sentence: memory is then a seventh as long on bAbI and ProofWriter.
         dtype: Weights of the backbone: `auto` is bfloat16 where the device multiplies it natively.
@@ -72,8 +73,8 @@ class AdapterConfig:
             `num_vectors` vectors, as in Perceiver, arXiv:2107.14795).
         layer_mix: How several layers become one vector a token: `concat`, or `weighted_sum` with learned weights
             (ELMo, arXiv:1802.05365), which needs fewer parameters.
-        whiten: Decorrelate the dimensions of each layer, and give all of them the same variance, before they are
-            projected (Su et al. 2021, arXiv:2103.15316): what tells two texts apart is spread over dimensions that
+        whiten: Decorrelate the dimensions of each layer, and give those that vary about the same variance, before they
+            are projected (Su et al. 2021, arXiv:2103.15316): what tells two texts apart is spread over dimensions that
             vary little. Costs a matrix per layer in the head.
         num_vectors: Length of the memory that the resampler makes; ignored by the others.
         dropout: Dropout on the memory in training.
@@ -416,10 +417,12 @@ class HybridConfig(PreTrainedConfig):
         text: Section of the same name in `RunConfig`.
         backbone_dim: Hidden size of the backbone.
         known_options: Options and field names that own a learned residual, in the order of its rows.
-        choices: Default options of a question, or of fields, asked without any: those of the whole training set.
+        choices: Default options of a question asked without any.
+        options: Options of fields that are asked by name alone: those that all fields of the training set had.
         fields: Default fields of a head whose questions all ask the same several ones: name to options.
         places: Where fields of these names stand (`Field.at`) if they do not say it: those that stood at the same
-            character in all of the training set. `None` if no field stood anywhere: `at` is ignored then.
+            character in all of the training set, or always as far from the end of the text. `None` if no field stood
+            anywhere: `at` is ignored then.
         find_names: A field that has no place then stands where the text first has its name (`data.find_names`).
         license: Licence of the head, for its card.
         hybrid_version: Version that wrote the head.
@@ -434,6 +437,7 @@ class HybridConfig(PreTrainedConfig):
     backbone_dim: int = 576
     known_options: list[str] | None = None
     choices: list[str] | None = None
+    options: list[str] | None = None
     fields: dict[str, list[str]] | None = None
     places: dict[str, int] | None = None
     find_names: bool = False

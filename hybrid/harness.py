@@ -262,9 +262,7 @@ class HybridLM(Processes, LM):
         """
         document = group[0].doc
         is_as_it_was = is_document(document) and group[0].args[0] == document["prompt"]
-        places = self.model.config.places
-        is_at_the_end = places is not None and set(places.values()) == {-1}
-        if places is not None and not is_at_the_end and not is_as_it_was:
+        if self.model.config.places is not None and not is_as_it_was:
             raise ValueError(
                 f"task {group[0].task_name}: the fields of this head stand at characters of a question, which nobody "
                 "finds among examples or in a chat: leave out num_fewshot and chat, and use a task of `hybrid harness`"
@@ -285,10 +283,10 @@ class HybridLM(Processes, LM):
     def _batches(self, questions: Sequence[Question]) -> Generator[list[Question]]:
         """Questions of equal length, longest first: without padding, no score depends on what else is in its batch."""
         prompts = self.model.backbone.prompts([(question.context, question.question) for question in questions])
-        alike: dict[tuple[int, int], list[Question]] = defaultdict(list)
+        alike: dict[tuple[int, ...], list[Question]] = defaultdict(list)
         for question, prompt in zip(questions, prompts, strict=True):
-            alike[len(prompt.token_ids), len(question.fields)].append(question)
-        for (length, _), same in sorted(alike.items(), key=lambda item: item[0], reverse=True):
+            alike[len(prompt.token_ids), len(prompt.memory_ids), len(question.fields)].append(question)
+        for (length, *_), same in sorted(alike.items(), key=lambda item: item[0], reverse=True):
             size = 1 if self.refinement["rollouts"] > 1 else self.batch_size or max(1, TOKEN_BUDGET // length)
             yield from (same[start : start + size] for start in range(0, len(same), size))
 

@@ -17,8 +17,8 @@ base_model: {base_model}
 # {name}
 
 A {num_parameters:,}-parameter recursive reasoner on top of the frozen `{base_model}` (layers {layers}, template
-`{template}`). Only the reasoner, its adapter and its decoder are in this folder; the language model is loaded from
-where it is published.
+`{template}`, memory of {memory}). Only the reasoner, its adapter and its decoder are in this folder; the language
+model is loaded from where it is published.
 
 ```python
 from hybrid import {imports}

@@ -366,7 +366,11 @@ def fields_asked(
             raise ValueError(
                 f"fields={given!r}: expected a mapping of names to options, or a list of Field or of names"
             )
-        asked = tuple(Field(f, (own or {}).get(f, choices or ())) if isinstance(f, str) else f for f in fields)
+        common = model.config.options or model.config.choices
+        known = {name: (own or {}).get(name, common) for name in fields if isinstance(name, str)}
+        if unknown := [name for name, options in known.items() if options is None]:
+            raise ValueError(f"fields={unknown}: this head has no options of its own for them: give {{name: options}}")
+        asked = tuple(Field(field, known[field] or ()) if isinstance(field, str) else field for field in fields)
         if len({field.name for field in asked}) < len(asked) or not asked:
             raise ValueError(f"fields={[field.name for field in asked]}: names must be there and differ")
     elif choices is not None:

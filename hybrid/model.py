@@ -159,6 +159,7 @@ class HybridModel(PreTrainedModel):
         text: TextConfig | None = None,
         known_options: Sequence[str] = (),
         choices: Sequence[str] | None = None,
+        options: Sequence[str] | None = None,
         fields: Mapping[str, Sequence[str]] | None = None,
         places: Mapping[str, int] | None = None,
         find_names: bool = False,
@@ -173,7 +174,8 @@ class HybridModel(PreTrainedModel):
             reasoner: Numbers of the reasoner.
             text: Whether it writes text, and how it is asked to.
             known_options: Options that get a learned residual.
-            choices: Options of a question, or of fields, asked without any.
+            choices: Options of a question asked without any.
+            options: Options of fields that are asked by name alone.
             fields: What such a question asks, if it is several fields: name to options.
             places: Where fields stand in the text, as in `HybridConfig`; an empty mapping if each says so itself.
             find_names: Whether others stand where the text has their names.
@@ -189,6 +191,7 @@ class HybridModel(PreTrainedModel):
             backbone_dim=backbone.dim,
             known_options=list(known_options),
             choices=list(choices) if choices is not None else None,
+            options=list(options) if options is not None else None,
             fields={name: list(options) for name, options in fields.items()} if fields is not None else None,
             places=dict(places) if places is not None else None,
             find_names=find_names,
@@ -305,7 +308,9 @@ class HybridModel(PreTrainedModel):
         asks_itself = self.config.choices is not None or self.config.fields is not None
         asks_places = self.config.places is not None and not asks_itself and not self.config.find_names
         if self.config.find_names:
-            asked = ', context="...", ' + ('fields=["..."]' if asks_itself else 'fields={"...": ["yes", "no"]}')
+            asked = ', context="...", ' + (
+                'fields=["..."]' if self.config.options else 'fields={"...": ["yes", "no"]}'
+            )
         elif asks_itself:
             asked = ', context="..."' if any(at >= 0 for at in (self.config.places or {}).values()) else ""
         else:
@@ -314,6 +319,7 @@ class HybridModel(PreTrainedModel):
             "base_model": backbone.name_or_path,
             "layers": backbone.layers,
             "template": backbone.template,
+            "memory": backbone.memory,
             "num_parameters": sum(self.parameter_groups().values()),
             "imports": "Field, HybridModel" if asks_places else "HybridModel",
             "arguments": asked,
@@ -434,7 +440,10 @@ class HybridModel(PreTrainedModel):
         own = self.config.places or {}
         at = [own.get(field.name) if field.at is None else field.at for field in fields]
         if self.config.find_names:
-            at = [named(field.name, text) if place is None else place for field, place in zip(fields, at, strict=True)]
+            at = [
+                named(field.name, text) if place is None and field.name != "answer" else place
+                for field, place in zip(fields, at, strict=True)
+            ]
         standing = [character for character in at if character is not None]
         tokens = iter(self.backbone.tokens_at(text, standing) if standing else ())
         return [-1 if character is None else next(tokens) for character in at]
@@ -444,13 +453,13 @@ class HybridModel(PreTrainedModel):
     ) -> list[list[int]] | None:
         """`field_starts` of each row, for (context, question) pairs; `None` for a head that knows no places.
 
-        Warns of fields that stand nowhere, which none did in training.
+        Warns of fields that stand nowhere.
         """
         if self.config.places is None:
             return None
         starts = [self.field_starts(fields, one_text(*text)) for fields, text in zip(rows, texts, strict=True)]
         pairs = [pair for fields, row in zip(rows, starts, strict=True) for pair in zip(fields, row, strict=True)]
-        if lost := [field.name for field, start in pairs if start < 0]:
+        if lost := list(dict.fromkeys(field.name for field, start in pairs if start < 0)):
             unfound = ", nor does the text have such names" if self.config.find_names else ""
             warnings.warn(f"fields {lost[:3]} do not say where they stand (at){unfound}: expect guesses", stacklevel=3)
         return starts

@@ -38,6 +38,7 @@ from hybrid.batches import (
     common_options,
     common_places,
     embed_examples,
+    is_unnamed,
     known_options,
 )
 from hybrid.config import HybridConfig, ReasonerConfig, RunConfig, TrainingConfig, to_plain
@@ -438,7 +439,8 @@ class Trainer:
         hidden_states, mask, fields, labels = self.train.batch(self.model, examples, self.train.num_fields)
         due = self.train.due_labels(examples, (rows.steps[part] + 1).tolist(), labels)
         if settings.feature_noise > 0:
-            deviation = settings.feature_noise / self.model.adapter.inverse_scale
+            scale = self.model.adapter.inverse_scale
+            deviation = torch.where(scale > 0, settings.feature_noise / scale, 0.0)
             hidden_states = hidden_states + deviation.to(hidden_states.dtype) * torch.randn_like(hidden_states)
         output: Any = self.model(
             hidden_states,
@@ -756,6 +758,7 @@ def prepare(
     backbone = backbone or load_backbone(config.backbone, accelerator.device)
     common = common_fields(examples["train"])
     is_single = common is not None and list(common) == ["answer"]
+    options = common_options(examples["train"])
     torch.manual_seed(config.training.seed)
     model = HybridModel.from_backbone(
         backbone,
@@ -764,7 +767,8 @@ def prepare(
         reasoner=config.reasoner,
         text=config.text,
         known_options=known_options(examples["train"]),
-        choices=common_options(examples["train"]) if common is None or is_single else None,
+        choices=options if is_single or any(is_unnamed(example.fields) for example in examples["train"]) else None,
+        options=options,
         fields=None if is_single else common,
         places=common_places(examples["train"]),
         find_names=config.data.find_names,
@@ -820,7 +824,7 @@ def load_weights(model: HybridModel, folder: Path, parts: Sequence[str] | None) 
     if (other["places"] is None) != (own["places"] is None):
         raise ValueError(
             f"training.start_from={str(folder)!r}: its fields stood in the text (at) in training, or those of this "
-            "run do, but not both: set data.places as it was there"
+            "run do, but not both: set data.places (or data.answer_at) as it was there"
         )
     if other["known_options"] != own["known_options"]:
         raise ValueError(f"training.start_from={str(folder)!r} was trained on other options than these data have")

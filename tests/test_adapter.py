@@ -63,6 +63,16 @@ def test_whitened_dimensions_are_uncorrelated_and_travel_with_the_head():
     assert "whitening" not in adapter().state_dict()
 
 
+def test_what_never_varied_in_training_is_not_read():
+    module, states = adapter(), torch.randn(8, TOKENS, LAYERS, WIDTH)
+    states[..., 0] = 0.25
+    module.fit_statistics(states.flatten(0, 1))
+    other = states.clone()
+    other[..., 0] = 3.0  # of a text that ends otherwise
+    mask = torch.ones(8, TOKENS, dtype=torch.bool)
+    torch.testing.assert_close(module(other, mask)[0], module(states, mask)[0])
+
+
 def test_weighted_sum_learns_its_mix():
     module = adapter(layer_mix="weighted_sum")
     memory, _ = module(torch.randn(BATCH, TOKENS, LAYERS, WIDTH), torch.ones(BATCH, TOKENS, dtype=torch.bool))

@@ -34,7 +34,7 @@ from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
 from hybrid.evaluation import StepRecord
 from hybrid.generation import keep_loss, own_texts
-from hybrid.inference import refine
+from hybrid.inference import answer_batch, refine
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
 from hybrid.training import CHECKPOINT, Curriculum, RowStream, Trainer, learning_rate, prepare, stage_at, train
@@ -631,6 +631,26 @@ def test_feature_noise_is_relative_to_each_dimension(folder, backbone, monkeypat
     for states, mask in seen:
         noise = (states.float() * scale)[mask]
         torch.testing.assert_close(noise, torch.full_like(noise, 0.1), rtol=0.01, atol=0)
+
+
+def test_memory_of_whitened_sentences_travels_with_the_head(folder, backbone):
+    config = tiny_run(folder, num_updates=2, feature_noise=0.1)
+    config.backbone.memory, config.adapter.whiten, config.data.answer_at = "sentences", True, -1
+    sentences = backbone.with_settings(backbone.layers, backbone.template, "sentences")
+    model = HybridModel.from_pretrained(train(config, backbone=sentences), backbone, dtype="float32")
+    assert model.backbone.memory == "sentences" and model.config.places == {"answer": -1}
+    whitening = model.adapter.whitening
+    assert not torch.equal(whitening, torch.eye(whitening.shape[-1]).expand_as(whitening))
+    examples = load_examples(config.data, "valid")
+    embedded = embed_examples(config.features, model.backbone, {"valid": examples}, progress=False)["valid"]
+    hidden_states, mask, fields, _ = embedded.batch(model, range(4))
+    live, live_mask = model.embed([(example.context, example.question) for example in examples[:4]])
+    assert mask.equal(live_mask)
+    torch.testing.assert_close(hidden_states[mask].float(), live[mask].float(), rtol=0.01, atol=1e-3)  # stored in bf16
+    assert mask.sum() < 4 * 6 and fields.starts.squeeze(1).tolist() == (mask.sum(1) - 1).tolist()
+    together = [answer.probability for answer in answer_batch(model, [example.question for example in examples[:4]])]
+    alone = [model.answer(example.question).probability for example in examples[:4]]
+    assert together == pytest.approx(alone, rel=1e-4)
 
 
 def test_places_that_hold_for_other_texts():
