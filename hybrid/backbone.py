@@ -70,7 +70,8 @@ class Prompt:
     @property
     def memory_ids(self) -> list[int]:
         """The tokens whose states become memory."""
-        return self.text_ids if self.kept is None else [self.text_ids[token] for token in self.kept]
+        ids = self.text_ids
+        return ids if self.kept is None else [ids[token] for token in self.kept]
 
     def memory_of(self, states: Tensor) -> Tensor:
         """The states (tokens, …) that become memory, of those of all tokens."""
