@@ -183,7 +183,7 @@ def test_two_processes_equal_one(folder, backbone_folder):
         torch.testing.assert_close(weight, weights(folder / "two" / "last")[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_and_interrupted_runs_resume(folder, backbone, backbone_folder, how):
     config = tiny_run(folder, num_updates=160, eval_every=160, save_every=4)
     process = run_cli(folder, config, backbone_folder)
