@@ -11,7 +11,7 @@ from torch import Tensor
 from hybrid.backbone import Backbone, length_batches, one_text
 from hybrid.config import FeatureConfig
 from hybrid.data import Example
-from hybrid.decoder import Field, FieldBatch
+from hybrid.decoder import FieldBatch
 from hybrid.features import FeatureCache, fill_cache, text_key
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
@@ -121,11 +121,6 @@ def common_fields(examples: Sequence[Example]) -> dict[str, list[str]] | None:
     """Names and options of the fields, when every example asks the same ones."""
     asked = {tuple((field.name, tuple(field.options)) for field in example.fields) for example in examples}
     return {name: list(options) for name, options in asked.pop()} if len(asked) == 1 else None
-
-
-def is_unnamed(fields: Sequence[Field]) -> bool:
-    """Whether a question asks for the one answer that nobody named."""
-    return len(fields) == 1 and fields[0].name == "answer"
 
 
 def common_options(examples: Sequence[Example]) -> list[str] | None:

@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hybrid.backbone import one_text
 from hybrid.config import DataConfig
-from hybrid.decoder import Field, named
+from hybrid.decoder import Field, is_unnamed, named
 
 ROLES = ("valid", "test", "train")  # in this order they cut slices of a split; what one takes, the next do not see
 COLUMNS = ("context", "question", "answer", "choices", "fields", "due", "depth", "id", "answer_text")
@@ -335,7 +335,7 @@ def _placed(config: DataConfig, example: Example) -> tuple[Field, ...]:
     fields = example.fields
     if not config.places:
         return tuple(replace(field, at=None) for field in fields)
-    if len(fields) == 1 and fields[0] == Field("answer", fields[0].options):  # which nobody named, or placed
+    if is_unnamed(fields) and fields[0].at is None:
         return (replace(fields[0], at=config.answer_at),)
     if not config.find_names:
         return fields

@@ -55,6 +55,11 @@ class Field:
             raise ValueError(f"field {self.name!r} has options that appear twice: {twice}")
 
 
+def is_unnamed(fields: Sequence[Field]) -> bool:
+    """Whether a question asks for the one answer that nobody named."""
+    return len(fields) == 1 and fields[0].name == "answer"
+
+
 def named(name: str, text: str) -> int | None:
     """The character at which a text first has a name, as a word; `None` if it has not."""
     found = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)

@@ -38,12 +38,11 @@ from hybrid.batches import (
     common_options,
     common_places,
     embed_examples,
-    is_unnamed,
     known_options,
 )
 from hybrid.config import HybridConfig, ReasonerConfig, RunConfig, TrainingConfig, to_plain
 from hybrid.data import Example, data_fingerprint, load_examples
-from hybrid.decoder import FieldBatch
+from hybrid.decoder import FieldBatch, is_unnamed
 from hybrid.evaluation import by_depth, device_name, run_steps, run_text
 from hybrid.generation import answer_text, answer_text_loss, keep_loss, own_texts
 from hybrid.hub import check_head_folder
@@ -767,7 +766,7 @@ def prepare(
         reasoner=config.reasoner,
         text=config.text,
         known_options=known_options(examples["train"]),
-        choices=options if is_single or any(is_unnamed(example.fields) for example in examples["train"]) else None,
+        choices=options if any(is_unnamed(example.fields) for example in examples["train"]) else None,
         options=options,
         fields=None if is_single else common,
         places=common_places(examples["train"]),

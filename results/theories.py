@@ -167,10 +167,15 @@ def labels(theory: Theory) -> list[tuple[Literal, str, int | None]]:
     for subject, verb, thing in said:
         for holds in (True, False):
             literal = Literal(subject, verb, thing, holds)
-            opposite = literal._replace(holds=not holds)
-            label = "True" if literal in closure else "False" if opposite in closure else "Unknown"
-            labelled.append((literal, label, closure.get(literal, closure.get(opposite))))
+            labelled.append((literal, *judged(literal, closure)))
     return labelled
+
+
+def judged(literal: Literal, closure: dict[Literal, int]) -> tuple[str, int | None]:
+    """Whether a statement is true, given what follows, and how long the proof is that tells."""
+    opposite = literal._replace(holds=not literal.holds)
+    label = "True" if literal in closure else "False" if opposite in closure else "Unknown"
+    return label, closure.get(literal, closure.get(opposite))
 
 
 # -- text to literals, and back ------------------------------------------------------------------------------------
@@ -284,12 +289,10 @@ def agreement(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     for row in rows:
         [statement] = clauses(row["question"].removesuffix("."))
-        closure = parse(row["context"]).closure()
-        opposite = statement._replace(holds=not statement.holds)
-        label = "True" if statement in closure else "False" if opposite in closure else "Unknown"
+        label, depth = judged(statement, parse(row["context"]).closure())
         counts["rows"] += 1
         counts["answers"] += label == row["answer"]
-        counts["depths"] += closure.get(statement, closure.get(opposite)) == row["depth"]
+        counts["depths"] += depth == row["depth"]
     return {"agreement": dict(counts)}
 
 
