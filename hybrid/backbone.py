@@ -11,8 +11,10 @@ import copy
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -42,6 +44,7 @@ from hybrid.config import SMOLLM2, BackboneConfig
 CONTEXT_SEPARATOR = " "  # so that one text and (context, question) tokenise alike
 ECHO_SEPARATOR = "\n"
 SENTENCE_END = set(".?!\n")  # characters in the last token of a sentence
+SENTENCE = re.compile(r"""\S[^\n]*?(?:[.?!]+["')\]]*(?=\s)|(?=\n)|$)""")
 SHORT = 512  # tokens up to which plain matrix products attend faster on a CPU than its flash kernel does
 
 
@@ -50,17 +53,24 @@ def one_text(context: str | None, question: str) -> str:
     return f"{context}{CONTEXT_SEPARATOR}{question}" if context else question
 
 
+def sentences(text: str) -> list[tuple[int, str]]:
+    """Where each sentence of a text begins, and the sentence, behind one space wherever it stands."""
+    return [(found.start(), f" {found.group()}") for found in SENTENCE.finditer(text)]
+
+
 @dataclass
 class Prompt:
     """A question as the backbone reads it; the states of `memory_start:memory_stop` become memory.
 
-    Of them those numbered in `kept`, if that is not `None`.
+    Of them those numbered in `kept`, if that is not `None`. What is read in `parts` has their memory, one after
+    another.
     """
 
     token_ids: list[int]
     memory_start: int
     memory_stop: int
     kept: list[int] | None = None
+    parts: list[Prompt] | None = None
 
     @property
     def text_ids(self) -> list[int]:
@@ -70,6 +80,8 @@ class Prompt:
     @property
     def memory_ids(self) -> list[int]:
         """The tokens whose states become memory."""
+        if self.parts is not None:
+            return [token for part in self.parts for token in part.memory_ids]
         ids = self.text_ids
         return ids if self.kept is None else [ids[token] for token in self.kept]
 
@@ -251,7 +263,12 @@ class Backbone:
 
     @property
     def stored_layers(self) -> list[int]:
-        """The layers that cost a forward pass: all but the embedding, which is looked up."""
+        """The layers that are stored: all but the embedding of single tokens, which is looked up."""
+        return [layer for layer in self.layers if layer > 0 or self.memory == "sentences"]
+
+    @property
+    def computed_layers(self) -> list[int]:
+        """The layers that cost a forward pass."""
         return [layer for layer in self.layers if layer > 0]
 
     @property
@@ -305,11 +322,30 @@ class Backbone:
             if not text.strip():
                 raise ValueError(f"text {row} is empty: every example needs a question")
         encoded = self.tokenizer(joined, add_special_tokens=False)["input_ids"]
+        if self.template == "apart":
+            return [self._in_parts([sentence for _, sentence in sentences(text)]) for text in joined]
         separator, before = self._token_ids(ECHO_SEPARATOR), encoded
         if self.template == "question_first":
             before = self.tokenizer([question for _, question in texts], add_special_tokens=False)["input_ids"]
         rows = zip(before, encoded, joined, strict=True)
         return [self._in_template(first, ids, separator, text) for first, ids, text in rows]
+
+    def parts(self, context: str | None, question: str) -> list[tuple[str | None, str]]:
+        """What of a text is read, and stored, by itself: all of it, or with template `apart` each sentence."""
+        if self.template != "apart":
+            return [(context, question)]
+        return [(None, sentence) for _, sentence in sentences(one_text(context, question))]
+
+    def _in_parts(self, texts: Sequence[str]) -> Prompt:
+        """Sentences that are read one by one."""
+        parts = []
+        for text in texts:
+            ids, start = self._token_ids(text), len(self.special_prefix)
+            token_ids = [*self.special_prefix, *ids, *self._suffix]
+            self._check_length(token_ids, text)
+            parts.append(Prompt(token_ids, start, start + len(ids), self._kept(ids)))
+        token_ids = [token for part in parts for token in part.token_ids]
+        return Prompt(token_ids, 0, len(token_ids), parts=parts)
 
     def _in_template(self, first: Sequence[int], ids: Sequence[int], separator: Sequence[int], text: str) -> Prompt:
         """The tokens of a text in the template, between special tokens; unless that is plain, `first` comes first."""
@@ -353,18 +389,39 @@ class Backbone:
             raise ValueError(
                 f"the tokenizer of {self.name} does not tell where its tokens stand: set data.places=false"
             )
-        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ends = [end for _, end in encoded["offset_mapping"]]
-        if outside := [character for character in characters if not -ends[-1] <= character < ends[-1]]:
+        length = len(text)
+        if outside := [character for character in characters if not -length <= character < length]:
             raise ValueError(
                 f"a field stands at character {outside[0]}, and the text (context, a space, question) has "
-                f"{ends[-1]}: ask with the context that the field stands in"
+                f"{length}: ask with the context that the field stands in"
             )
-        found = [bisect.bisect_right(ends, character % ends[-1]) for character in characters]
+        characters = [character % length for character in characters]
+        if self.template != "apart":
+            return self._vectors_at(text, characters)[0]
+        starts, read = zip(*sentences(text), strict=True)
+        places, num_before = [0] * len(characters), 0
+        owners = [max(0, bisect.bisect_right(starts, character) - 1) for character in characters]
+        for number, (start, sentence) in enumerate(zip(starts, read, strict=True)):
+            mine = [place for place, owner in enumerate(owners) if owner == number]
+            # Behind a space, as it is read; the spaces after a sentence are its last character.
+            within = [min(characters[place] - start + 1, len(sentence) - 1) for place in mine]
+            vectors, num_vectors = self._vectors_at(sentence, within)
+            for place, vector in zip(mine, vectors, strict=True):
+                places[place] = num_before + vector
+            num_before += num_vectors
+        return places
+
+    def _vectors_at(self, text: str, characters: Sequence[int]) -> tuple[list[int], int]:
+        """Which memory vector of a text that is read as one holds each of some characters, and how many there are."""
+        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"]]
+        found = [bisect.bisect_right(ends, min(character, ends[-1] - 1)) for character in characters]
         # A piece that marks the start of a word ends where the word's first letter does: the last of them holds it.
         tokens = [bisect.bisect_right(ends, ends[token]) - 1 for token in found]
         kept = self._kept(encoded["input_ids"])
-        return tokens if kept is None else [bisect.bisect_left(kept, token) for token in tokens]
+        if kept is None:
+            return tokens, len(ends)
+        return [bisect.bisect_left(kept, token) for token in tokens], len(kept)
 
     # -- text to go on from ----------------------------------------------------------------------------------------
 
@@ -474,9 +531,14 @@ class Backbone:
         Returns:
             One tensor of shape (memory_tokens, layers, backbone_dim) per prompt, in the backbone's dtype.
         """
-        layers = self.stored_layers if layers is None else list(layers)
-        if not layers:
-            return [torch.empty(len(p.memory_ids), 0, self.dim, dtype=self.dtype) for p in prompts]
+        if self.template == "apart":
+            read = iter(self._hidden_states([part for prompt in prompts for part in prompt.parts or []], layers))
+            return [torch.cat(list(itertools.islice(read, len(prompt.parts or [])))) for prompt in prompts]
+        return self._hidden_states(prompts, layers)
+
+    def _hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int] | None) -> list[Tensor]:
+        """`hidden_states` of texts that are read as one."""
+        computed = self.computed_layers if layers is None else list(layers)
         lengths = [len(prompt.token_ids) for prompt in prompts]
         longest = max(lengths)
         token_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -485,11 +547,28 @@ class Backbone:
         mask = None
         if min(lengths) < longest and not self.is_causal:
             mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(self.device)
-        states = self._run_to(layers, token_ids.to(self.device), mask)
-        return [
-            torch.stack([prompt.memory_of(state[row]) for state in states], dim=1)
-            for row, prompt in enumerate(prompts)
-        ]
+        token_ids = token_ids.to(self.device)
+        states = self._run_to(computed, token_ids, mask) if computed else []
+        of_rows = [[prompt.memory_of(state[row]) for state in states] for row, prompt in enumerate(prompts)]
+        if layers is not None:
+            return [torch.stack(chosen, dim=1) for chosen in of_rows]
+        return [self.stored_states(prompt, chosen) for prompt, chosen in zip(prompts, of_rows, strict=True)]
+
+    def stored_states(self, prompt: Prompt, states: Sequence[Tensor]) -> Tensor:
+        """What is stored of a text, (memory_tokens, stored_layers, backbone_dim).
+
+        Args:
+            prompt: The text, which is read as one.
+            states: States of its memory at each of `computed_layers`, (memory_tokens, backbone_dim).
+        """
+        chosen = list(states)
+        if len(chosen) < self.num_stored_layers:  # memory of sentences: the means of their words are layer 0
+            lengths = [stop - start for start, stop in itertools.pairwise([-1, *(prompt.kept or [])])]
+            words = self.embed_tokens(torch.tensor(prompt.text_ids)).float().split(lengths)
+            chosen.insert(0, torch.stack([of_sentence.mean(0) for of_sentence in words]).to(self.dtype))
+        if not chosen:
+            return torch.empty(len(prompt.memory_ids), 0, self.dim, dtype=self.dtype)
+        return torch.stack(chosen, dim=1)
 
     @property
     def is_causal(self) -> bool:

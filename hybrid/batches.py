@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -42,9 +43,11 @@ class EmbeddedExamples:
     ):
         self.examples, self._cache = list(examples), cache
         texts = [(example.context, example.question) for example in self.examples]
-        self._keys = [text_key(*text) for text in texts]
-        fill_cache(cache, backbone, texts, token_budget, progress)
-        self.lengths = cache.lengths(self._keys)
+        parts = [backbone.parts(*text) for text in texts]
+        self._keys = [[text_key(*part) for part in of_text] for of_text in parts]
+        fill_cache(cache, backbone, [part for of_text in parts for part in of_text], token_budget, progress)
+        of_parts = iter(cache.lengths([key for keys in self._keys for key in keys]))
+        self.lengths = [sum(itertools.islice(of_parts, len(keys))) for keys in self._keys]
         self._starts: dict[int, list[int]] = {}
         self._labels = [torch.tensor(label_numbers(example)) for example in self.examples]
         self.num_fields = max(len(example.fields) for example in self.examples)

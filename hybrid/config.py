@@ -36,9 +36,10 @@ class BackboneConfig:
         template: `plain` shows the text once; `echo` shows it twice and keeps the states of the second copy, so that
             a causal model has read the question before the context (Springer et al. 2024, arXiv:2402.15449);
             `question_first` shows the question alone before the text, which costs little more than `plain` (without a
-            context, the question is the text, and is echoed).
-        memory: `tokens` keeps the state of every token; `sentences` that of each sentence's last one (its full stop),
-            which knows the sentence: memory is then a seventh as long on bAbI and ProofWriter.
+            context, the question is the text, and is echoed); `apart` shows each sentence alone, so that a sentence
+            is the same in every text, and is embedded and stored once.
+        memory: `tokens` keeps the state of every token; `sentences` one vector a sentence: the state of its last token
+            (its full stop), which knows the sentence, and in place of layer 0 the mean of its tokens' embeddings.
         dtype: Weights of the backbone: `auto` is bfloat16 where the device multiplies it natively.
         quantization: `4bit` or `8bit` (needs `bitsandbytes`).
         gguf_file: File name inside `name_or_path` when the model is a GGUF.
@@ -47,7 +48,7 @@ class BackboneConfig:
     name_or_path: str = SMOLLM2
     revision: str | None = None
     layers: list[int] | None = None
-    template: Literal["plain", "echo", "question_first"] = "echo"
+    template: Literal["plain", "echo", "question_first", "apart"] = "echo"
     memory: Literal["tokens", "sentences"] = "tokens"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["4bit", "8bit"] | None = None

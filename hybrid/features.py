@@ -121,17 +121,20 @@ class FeatureCache:
             return [position for key, position in first.items() if transaction.get(key) is None]
 
     def lengths(self, keys: Sequence[bytes]) -> list[int]:
-        """Tokens of each text. Reads the index only, never the states."""
+        """Memory vectors of each text. Reads the index only, never the states."""
         with self._transaction() as transaction:
             return [self._num_tokens(value) for value in self._values(transaction, keys)]
 
     def read(self, keys: Sequence[bytes]) -> list[Features]:
         """Features of each text; states in bfloat16."""
-        padded = (self.read_padded([key]) for key in keys)
+        padded = (self.read_padded([[key]]) for key in keys)
         return [Features(token_ids[0].int(), states[0]) for token_ids, states, _ in padded]
 
-    def read_padded(self, keys: Sequence[bytes]) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch, copied once from the memory map and zero behind each text's end.
+    def read_padded(self, keys: Sequence[Sequence[bytes]]) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch, copied once from the memory map and zero behind each row's end.
+
+        Args:
+            keys: The texts of each row, which are read one after another.
 
         Returns:
             Token ids (batch, tokens) int64, states (batch, tokens, stored_layers, backbone_dim) bfloat16, and the
@@ -142,13 +145,16 @@ class FeatureCache:
             RuntimeError: A value is damaged.
         """
         with self._transaction() as transaction:
-            values = self._values(transaction, keys)
-            lengths = [self._num_tokens(value) for value in values]
+            rows = [[(value, self._num_tokens(value)) for value in self._values(transaction, row)] for row in keys]
+            lengths = [sum(length for _, length in row) for row in rows]
             longest = max(lengths, default=0)
             padded = [np.zeros((len(keys), longest, *shape), dtype) for dtype, shape in self._parts]
-            for row, (value, length) in enumerate(zip(values, lengths, strict=True)):
-                for target, part in zip(padded, self._decode(value, length), strict=True):
-                    target[row, :length] = part
+            for number, row in enumerate(rows):
+                start = 0
+                for value, length in row:
+                    for target, part in zip(padded, self._decode(value, length), strict=True):
+                        target[number, start : start + length] = part
+                    start += length
         token_ids, *scales, states = map(torch.from_numpy, padded)
         states = (states * scales[0].unsqueeze(-1)).bfloat16() if scales else states.view(torch.bfloat16)
         mask = torch.arange(longest) < torch.tensor(lengths, dtype=torch.long).unsqueeze(-1)

@@ -88,10 +88,10 @@ class HybridModel(PreTrainedModel):
                 "adapter.kind='resampler' keeps no tokens for fields to start from: use 'linear' or 'mlp', or set "
                 "data.places=false"
             )
-        if config.text.enabled and config.backbone.template == "question_first":
+        if config.text.enabled and (template := config.backbone.template) in ("question_first", "apart"):
             raise ValueError(
-                "backbone.template='question_first' with text.enabled: a prompt does not tell the question from its "
-                "context; use 'echo' or 'plain'"
+                f"backbone.template={template!r} with text.enabled: the model writes after a prompt that it has read "
+                "from its beginning; use 'echo' or 'plain'"
             )
         if config.places is not None and config.text.enabled:
             raise ValueError(
@@ -380,7 +380,7 @@ class HybridModel(PreTrainedModel):
             stored: (batch, tokens, stored_layers, backbone_dim).
         """
         stored = stored.to(self.device, self.dtype)
-        if self.config.backbone.layers[0] != 0:
+        if stored.shape[2] == len(self.config.backbone.layers):
             return stored
         embedding = self.backbone.embed_tokens(token_ids).to(self.device, self.dtype)
         return torch.cat([embedding.unsqueeze(2), stored], dim=2)

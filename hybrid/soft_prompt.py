@@ -105,7 +105,7 @@ def read_prompts(
     head_ids, head_mask = pad_left(heads, backbone.device, width - num_tail)
     readings = [prompt.reading for prompt in prompts]
     goes_on = all(r.token_ids[: len(head)] == head for r, head in zip(readings, heads, strict=True))
-    layers, cache = backbone.stored_layers if with_states and goes_on else [], SoftCache(head_mask)
+    layers, cache = backbone.computed_layers if with_states and goes_on else [], SoftCache(head_mask)
     head_states = backbone.run_on(head_ids, head_mask, cache, layers) if head_ids.shape[1] else []
     if not with_states:
         return PromptPass(cache, tails, [])
@@ -123,7 +123,7 @@ def read_prompts(
     for row, (reading, head) in enumerate(zip(readings, heads, strict=True)):
         places = slice(head_ids.shape[1] - len(head), None), slice(len(rest[row]))
         parts = [part[row, place] for part, place in zip(stacked, places, strict=True) if part is not None]
-        states.append(reading.memory_of(torch.cat(parts)))
+        states.append(backbone.stored_states(reading, reading.memory_of(torch.cat(parts)).unbind(1)))
     return PromptPass(cache, tails, states)
 
 

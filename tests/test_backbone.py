@@ -85,11 +85,36 @@ def test_memory_of_sentences_is_that_of_their_last_tokens(any_backbone):
     prompt = sentences.prompt(*TEXTS[1])
     assert prompt.token_ids == whole.token_ids and prompt.memory_ids == ends and len(ends) == 3
     [all_states], [states] = any_backbone.hidden_states([whole]), sentences.hidden_states([prompt])
-    torch.testing.assert_close(states, all_states[torch.tensor(is_end)])
+    torch.testing.assert_close(states[:, 1:], all_states[torch.tensor(is_end)])
+    words = any_backbone.embed_tokens(torch.tensor(whole.memory_ids[: is_end.index(True) + 1]))
+    torch.testing.assert_close(states[0, 0], words.mean(0))  # in place of the embedding of a full stop
     places = [text.index("C"), text.index("?"), 0, text.index("B is")]
     assert sentences.tokens_at(text, places) == [1, 2, 0, 1]
     assert len(sentences.prompt(None, "A is left").memory_ids) == 1  # the end of a text is one, too
-    assert sentences.fingerprint() == any_backbone.fingerprint() | {"memory": "sentences"}
+    changed = {"memory": "sentences", "layers": any_backbone.layers}
+    assert sentences.fingerprint() == any_backbone.fingerprint() | changed
+
+
+@pytest.mark.parametrize("memory", ["tokens", "sentences"])
+def test_sentences_apart_are_read_as_if_alone(any_backbone, memory):
+    apart = any_backbone.with_settings(any_backbone.layers, "apart", memory)
+    alone = any_backbone.with_settings(any_backbone.layers, "plain", memory)
+    text = one_text(*TEXTS[1])
+    read = [(None, " A is left of B ."), (None, " B is above C ."), (None, " Where is A relative to C ?")]
+    assert apart.parts(*TEXTS[1]) == read and alone.parts(*TEXTS[1]) == [TEXTS[1]]
+    [prompt, other], expected = apart.prompts([TEXTS[1], TEXTS[0]]), alone.prompts(read)
+    states, other_states = apart.hidden_states([prompt, other])
+    torch.testing.assert_close(states, torch.cat(alone.hidden_states(expected)))
+    torch.testing.assert_close(other_states[0], states[0])  # the same sentence
+    assert prompt.memory_ids == [token for part in expected for token in part.memory_ids]
+    places = [0, text.index("B is"), text.index("C"), text.index(" Where"), -1]  # the space is the second's last sign
+    vectors = apart.tokens_at(text, places)
+    if memory == "sentences":
+        assert vectors == [0, 1, 1, 1, 2]
+    else:
+        read_there = [apart.tokenizer.decode([prompt.memory_ids[vector]]).strip() for vector in vectors]
+        assert read_there == ["A", "B", "C", ".", "?"]
+    assert apart.fingerprint() != alone.fingerprint()
 
 
 def test_the_mark_of_a_word_is_not_its_first_letter(backbone):

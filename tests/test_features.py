@@ -148,7 +148,7 @@ def test_read_padded_equals_read_and_is_zero_behind_the_end(tmp_path, storage):
     keys = [key for key, _ in items][::-1]
     with open_cache(tmp_path, storage=storage) as cache:
         cache.write(items)
-        token_ids, states, mask = cache.read_padded(keys)
+        token_ids, states, mask = cache.read_padded([[key] for key in keys])
         longest = max(cache.lengths(keys))
         assert token_ids.shape == mask.shape == (9, longest)
         assert states.shape == (9, longest, LAYERS, DIM)
@@ -164,7 +164,7 @@ def test_read_padded_equals_read_and_is_zero_behind_the_end(tmp_path, storage):
 def test_embedding_layer_alone_stores_token_ids_only(tmp_path):
     with FeatureCache.open(tmp_path, FINGERPRINT, 0, DIM) as cache:
         cache.write([(b"k" * 16, Features(torch.tensor([5, 6]), torch.empty(2, 0, DIM)))])
-        token_ids, states, mask = cache.read_padded([b"k" * 16])
+        token_ids, states, mask = cache.read_padded([[b"k" * 16]])
     assert token_ids.tolist() == [[5, 6]] and states.shape == (1, 2, 0, DIM) and mask.all()
 
 
@@ -182,7 +182,7 @@ def test_bad_features_are_refused_and_leave_nothing_behind(tmp_path):
 def test_reading_what_is_not_stored_names_the_folder_and_the_command(tmp_path):
     with open_cache(tmp_path) as cache:
         with pytest.raises(ValueError, match="lacks 1 of 1 texts.*hybrid embed") as raised:
-            cache.read_padded([text_key(None, "never seen")])
+            cache.read_padded([[text_key(None, "never seen")]])
         assert str(cache.folder) in str(raised.value)
 
 
@@ -489,7 +489,7 @@ def test_damaged_value_gives_one_line(tmp_path, value):
         with cache._transaction(write=True) as transaction:
             transaction.put(b"k" * 16, value)
         with pytest.raises(RuntimeError) as raised:
-            cache.read_padded([b"k" * 16])
+            cache.read_padded([[b"k" * 16]])
         assert_one_line(raised, cache.folder, "delete this folder", "hybrid embed")
 
 

@@ -150,13 +150,14 @@ def test_heads_without_places_ignore_them(model):
     assert answer == model.answer(QUESTION)
 
 
-def test_heads_that_see_the_question_first_do_not_write(backbone):
-    config = BackboneConfig(name_or_path="tiny-llama", template="question_first")
-    first = backbone.with_settings(backbone.layers, "question_first")
+@pytest.mark.parametrize("template", ["question_first", "apart"])
+def test_heads_whose_text_is_no_prefix_of_a_prompt_do_not_write(backbone, template):
+    config = BackboneConfig(name_or_path="tiny-llama", template=template)
+    first = backbone.with_settings(backbone.layers, template)
     model = HybridModel.from_backbone(first, backbone_config=config, reasoner=tiny_reasoner(), choices=CHOICES)
     together, apart = model.answer(QUESTION), model.answer("Where is C ?", context="A is left of B .")
-    assert model.config.backbone.template == "question_first" and {together.value, apart.value} <= set(CHOICES)
-    with pytest.raises(ValueError, match="a prompt does not tell the question from its context"):
+    assert model.config.backbone.template == template and {together.value, apart.value} <= set(CHOICES)
+    with pytest.raises(ValueError, match=f"template='{template}' with text.enabled: the model writes after a prompt"):
         HybridModel.from_backbone(first, backbone_config=config, text=TextConfig(enabled=True), choices=CHOICES)
 
 

@@ -633,10 +633,11 @@ def test_feature_noise_is_relative_to_each_dimension(folder, backbone, monkeypat
         torch.testing.assert_close(noise, torch.full_like(noise, 0.1), rtol=0.01, atol=0)
 
 
-def test_memory_of_whitened_sentences_travels_with_the_head(folder, backbone):
+@pytest.mark.parametrize("template", ["echo", "apart"])
+def test_memory_of_whitened_sentences_travels_with_the_head(folder, backbone, template):
     config = tiny_run(folder, num_updates=2, feature_noise=0.1)
     config.backbone.memory, config.adapter.whiten, config.data.answer_at = "sentences", True, -1
-    sentences = backbone.with_settings(backbone.layers, backbone.template, "sentences")
+    config.backbone.template, sentences = template, backbone.with_settings(backbone.layers, template, "sentences")
     model = HybridModel.from_pretrained(train(config, backbone=sentences), backbone, dtype="float32")
     assert model.backbone.memory == "sentences" and model.config.places == {"answer": -1}
     whitening = model.adapter.whitening
