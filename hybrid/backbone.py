@@ -322,12 +322,12 @@ class Backbone:
             if not text.strip():
                 raise ValueError(f"text {row} is empty: every example needs a question")
         encoded = self.tokenizer(joined, add_special_tokens=False)["input_ids"]
-        if self.template == "apart":
-            return [self._in_parts([sentence for _, sentence in sentences(text)]) for text in joined]
         separator, before = self._token_ids(ECHO_SEPARATOR), encoded
         if self.template == "question_first":
             before = self.tokenizer([question for _, question in texts], add_special_tokens=False)["input_ids"]
-        rows = zip(before, encoded, joined, strict=True)
+        rows = list(zip(before, encoded, joined, strict=True))
+        if self.template == "apart":
+            return [self._in_parts(ids, [sentence for _, sentence in sentences(text)]) for _, ids, text in rows]
         return [self._in_template(first, ids, separator, text) for first, ids, text in rows]
 
     def parts(self, context: str | None, question: str) -> list[tuple[str | None, str]]:
@@ -336,16 +336,11 @@ class Backbone:
             return [(context, question)]
         return [(None, sentence) for _, sentence in sentences(one_text(context, question))]
 
-    def _in_parts(self, texts: Sequence[str]) -> Prompt:
-        """Sentences that are read one by one."""
-        parts = []
-        for text in texts:
-            ids, start = self._token_ids(text), len(self.special_prefix)
-            token_ids = [*self.special_prefix, *ids, *self._suffix]
-            self._check_length(token_ids, text)
-            parts.append(Prompt(token_ids, start, start + len(ids), self._kept(ids)))
-        token_ids = [token for part in parts for token in part.token_ids]
-        return Prompt(token_ids, 0, len(token_ids), parts=parts)
+    def _in_parts(self, ids: Sequence[int], texts: Sequence[str]) -> Prompt:
+        """The tokens of a text whose sentences are read one by one: it may be longer than the backbone's window."""
+        start = len(self.special_prefix)
+        parts = [self._in_template([], self._token_ids(text), [], text) for text in texts]
+        return Prompt([*self.special_prefix, *ids, *self._suffix], start, start + len(ids), parts=parts)
 
     def _in_template(self, first: Sequence[int], ids: Sequence[int], separator: Sequence[int], text: str) -> Prompt:
         """The tokens of a text in the template, between special tokens; unless that is plain, `first` comes first."""
