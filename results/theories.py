@@ -5,8 +5,9 @@
 3,000 questions are few. Each training theory comes `--copies` times: names, attributes and verbs exchanged for others
 of their kind, facts and rules in another order, and with one to `--statements` statements, each a field that stands at
 its last character. A statement that follows is true, one whose opposite follows is false, any other is unknown (open
-world); as many of each are drawn as there are, and of those that follow as many of each proof depth. A theory in
-`HOLD_OUT` is kept for validation, with its own question alone; test rows are those of the file.
+world); each is drawn as often as another, and of those that follow each proof depth up to one that is drawn for the
+row, so that a curriculum can begin with rows that ask for facts alone. A theory in `HOLD_OUT` is kept for validation,
+with its own question alone; test rows are those of the file.
 """
 
 from __future__ import annotations
@@ -116,11 +117,13 @@ def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int) -> l
         labelled = labels(parse(context))
         for copy in range(copies):
             size = 1 if draw.random() < SINGLE else draw.randint(2, most)
-            chosen = draw_statements(labelled, size, draw)
+            deepest = draw.choice(sorted({depth for _, _, depth in labelled if depth is not None}))
+            within = [entry for entry in labelled if entry[2] is None or entry[2] <= deepest]
+            chosen = draw_statements(within, size, draw)
             exchanged, told = exchange(draw), in_another_order(context, draw)
             texts = [reworded(to_text(literal), exchanged) for literal, _, _ in chosen]
             row = {"id": f"{number}-{copy}", "split": "train", "context": reworded(told, exchanged)}
-            row |= {"question": " ".join(texts), "depth": chosen[0][2]}
+            row |= {"question": " ".join(texts), "depth": deepest}
             answers = [label for _, label, _ in chosen]
             written.append(row | as_fields(row["context"], texts, answers))
     return written

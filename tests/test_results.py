@@ -282,7 +282,7 @@ def test_statements_about_theories_in_other_words(tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     theories.main([str(source), "--output", str(output), "--copies", "4", "--labels", str(labels)])
     assert json.loads(labels.read_text())["agreement"] == {"rows": 7, "answers": 7, "depths": 7}
-    config = DataConfig(path=str(output), answer_at=-1, test_split="dev")
+    config = DataConfig(path=str(output), choices=list(theories.OPTIONS), answer_at=-1, test_split="dev")
     assert [example.context for example in load_examples(config, "test")] == [THEORY]
     assert len(load_examples(config, "valid")) == 1
     examples = load_examples(config, "train")
@@ -290,10 +290,11 @@ def test_statements_about_theories_in_other_words(tmp_path):
     for example in examples:
         theory, text = theories.parse(example.context), f"{example.context} {example.question}"
         assert len(theory.rules) == 5 and len(theory.closure()) == 7  # other words, the same logic
-        labelled = {theories.to_text(literal): label for literal, label, _ in theories.labels(theory)}
+        labelled = {theories.to_text(literal): (label, depth) for literal, label, depth in theories.labels(theory)}
         for field, answer in example.answered:
             statement = example.question if len(example.fields) == 1 else field.name
-            assert labelled[statement] == answer
+            label, depth = labelled[statement]
+            assert label == answer and (depth or 0) <= example.depth <= 3
             assert len(example.fields) == 1 or text[: field.at + 1].endswith(statement)
 
 
