@@ -12,7 +12,8 @@ asked, too, and the answer to the question alone counts. With `--due` an answer 
 for from the second refinement step on, and so forth, and is `unknown` before. With `--shuffled` some stories of CLUTRR
 are made of three, and all passages of joined stories are told in any order, as in its test stories. With `--renamed`
 every training story of CLUTRR has names drawn for it: its few families recur, so that who is asked about tells the
-answer of nine in ten questions of two and three hops, and what the story says need not be read.
+answer of nine in ten questions of two and three hops, and what the story says need not be read. With `--copies` every
+training story of StepGame comes so often, each time with other letters for its agents.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -93,13 +95,17 @@ def main(arguments: Sequence[str]) -> None:
         "--joined", type=int, nargs=2, metavar=("TWO", "THREE"), help="CLUTRR: stories made of so many"
     )
     parser.add_argument("--names", type=Path, help="CLUTRR: a result file of what names alone answer")
+    parser.add_argument("--copies", type=int, default=0, help="StepGame: so many of every training story")
     parser.add_argument("--distances", type=Path, help="StepGame: a result file of how many sentences lie between")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     if (parsed.shuffled or parsed.renamed or parsed.joined or parsed.names) and "f_comb" not in rows[0]:
         parser.error(f"--shuffled, --renamed, --joined, --names: {parsed.data} does not hold CLUTRR")
+    if parsed.copies and ("f_comb" in rows[0] or "steps" in rows[0]):
+        parser.error(f"--copies: {parsed.data} does not hold StepGame")
     of_clutrr = partial(clutrr, shuffled=parsed.shuffled, renamed=parsed.renamed, num_joined=parsed.joined)
-    to_chains = of_clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else stepgame
+    of_stepgame = partial(stepgame, copies=parsed.copies)
+    to_chains = of_clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else of_stepgame
     chains, unknown = to_chains(rows)
     if not parsed.due:
         chains = [without_due(row) for row in chains]
@@ -122,9 +128,9 @@ def without_due(row: Row) -> Row:
 # -- StepGame ------------------------------------------------------------------------------------------------------
 
 
-def stepgame(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """Rows with a field for each agent but the one that the answer is relative to."""
-    says, chains, unknown = patterns(rows), [], 0
+def stepgame(rows: Sequence[Row], copies: int = 0) -> tuple[list[Row], int]:
+    """Rows with a field for each agent but the one that the answer is relative to; training rows in copies, if any."""
+    says, chains, unknown, generator = patterns(rows), [], 0, random.Random(0)
     for row in rows:
         asked, origin = AGENT.findall(row["question"])
         agents = list(dict.fromkeys(AGENT.findall(row["context"])))
@@ -138,8 +144,18 @@ def stepgame(rows: Sequence[Row]) -> tuple[list[Row], int]:
             else:
                 unknown += 1
         choices = [*row["choices"], "unknown"]
-        chains.append(row | {"fields": others, "answer": answers, "choices": choices, "due": due})
+        chain = row | {"fields": others, "answer": answers, "choices": choices, "due": due}
+        is_copied = copies > 0 and row["split"] == "train"
+        chains += [with_letters(chain, generator) for _ in range(copies)] if is_copied else [chain]
     return chains, unknown
+
+
+def with_letters(row: Row, generator: random.Random) -> Row:
+    """The story with other letters for its agents."""
+    new = dict(zip(ascii_uppercase, generator.sample(ascii_uppercase, 26), strict=True))
+    by_name = {key: {new[name]: value for name, value in row[key].items()} for key in ("answer", "due")}
+    texts = {key: AGENT.sub(lambda match: new[match[0]], row[key]) for key in ("context", "question")}
+    return row | by_name | texts | {"fields": [new[name] for name in row["fields"]]}
 
 
 def distances(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -107,6 +107,13 @@ def test_agents_between_are_fields_that_are_due_after_so_many_sentences():
     assert two["fields"] == ["Z", "X"] and two["answer"] == {"Z": "upper-left", "X": "above"}
     assert two["due"] == {"Z": 2, "X": 1} and two["choices"][-1] == "unknown"
     assert valid["fields"] == ["Y", "X"] and valid["answer"] == {"Y": "lower-right"} and valid["due"] == {}
+    copied, _ = chains.stepgame(told, copies=3)
+    assert len(copied) == 4 * 3 + 1 and copied[-1] == valid and len({row["context"] for row in copied[6:9]}) == 3
+    for row in copied[6:9]:  # other letters, the same story
+        asked, origin = chains.AGENT.findall(row["question"])
+        places = chains.positions(row["context"], origin, chains.patterns(told))
+        assert places[asked] == (-1, 1, 2) and list(row["answer"].values()) == ["upper-left", "above"]
+        assert list(row["answer"]) == list(row["due"]) == row["fields"] and row["fields"][0] == asked
 
 
 def told(split: str, context: str, asked: str, link: str, answer: str) -> dict[str, Any]:
