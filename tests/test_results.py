@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections import Counter
 from functools import partial
@@ -32,6 +33,7 @@ import chains
 import prontoqa_shortcut
 import puzzles
 import render
+import stories
 import theories
 import trm
 import written
@@ -303,6 +305,40 @@ def test_statements_about_theories_in_other_words(tmp_path):
             label, depth = labelled[statement]
             assert label == answer and (depth or 0) <= example.depth <= 3
             assert len(example.fields) == 1 or text[: field.at + 1].endswith(statement)
+
+
+def test_stories_in_other_words(monkeypatch):
+    def row(task: int, context: str, question: str, answer: str, split: str = "train") -> dict[str, Any]:
+        return {"split": split, "task": task, "context": context, "question": question, "answer": answer}
+
+    told = [
+        row(19, "The office is east of the hallway. The kitchen is north of the office. The garden is west of the hall"
+            "way. The garden is south of the bedroom.", "How do you go from the hallway to the kitchen?", "e,n"),
+        row(15, "Mice are afraid of wolves. Emily is a mouse. Winona is a wolf.", "What is emily afraid of?", "wolf"),
+        row(11, "Mary went to the garden. Then she went to the park. John is there. Sandra left.", "Where is Mary?",
+            "park"),
+        row(20, "Jason is thirsty. Yann went to the garden.", "Where will jason go?", "kitchen"),
+        row(1, "Mary is in the park.", "Where is Mary?", "park", split="test"),
+    ]  # fmt: skip
+    rows = stories.in_other_words(told, copies=40)
+    assert rows[-1] == told[-1] and len(rows) == 4 * 40 + 1 and [rows[40 * n] for n in range(4)] == told[:4]
+    assert len({way["answer"] for way in rows[:40]}) == 8  # two ways, turned and mirrored
+    for way in rows[:40]:
+        said = re.findall(r"The (\w+) is (\w+) of the (\w+)", way["context"])
+        (office, first, hallway), (kitchen, second, nearer) = said[:2]
+        assert office == nearer and way["question"] == f"How do you go from the {hallway} to the {kitchen}?"
+        assert way["answer"] == f"{first[0]},{second[0]}"
+    for animals in rows[40:80]:
+        plural = dict((other, form) for kind in stories.KINDS for form, *rest in kind for other in rest)
+        first, second = re.findall(r"(\w+) are afraid of (\w+)", animals["context"])[0]
+        who = animals["question"].split()[2]
+        assert f"{who.capitalize()} is a {plural[first.lower()]}." in animals["context"]
+        assert animals["answer"] == plural[second]
+    assert all(people["context"].split()[0] in ("Mary", "Sandra") for people in rows[80:120])  # she
+    assert all(motive["answer"] == "kitchen" and "garden" in motive["context"] for motive in rows[120:160])
+    assert {motive["question"] for motive in rows[120:160]} == {"Where will jason go?", "Where will yann go?"}
+    monkeypatch.setattr(stories, "HOLD_OUT", 1)
+    assert {row["split"] for row in stories.in_other_words(told, copies=3)} == {"valid", "test"}
 
 
 def test_rows_with_and_without_distractors_are_mixed_and_held_out_by_depth(monkeypatch):
