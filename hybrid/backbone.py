@@ -44,7 +44,8 @@ from hybrid.config import SMOLLM2, BackboneConfig
 CONTEXT_SEPARATOR = " "  # so that one text and (context, question) tokenise alike
 ECHO_SEPARATOR = "\n"
 SENTENCE_END = set(".?!\n")  # characters in the last token of a sentence
-SENTENCE = re.compile(r"""\S[^\n]*?(?:[.?!]+["')\]]*(?=\s)|(?=\n)|$)""")
+SENTENCE = re.compile(r"""\S[^\n]*?(?:[.?!]["')\]]*(?=\s)|(?=\n)|$)""")
+APART_TOKENS = 2048  # at least so many, padding included, are read in one pass of sentences that are read apart
 SHORT = 512  # tokens up to which plain matrix products attend faster on a CPU than its flash kernel does
 
 
@@ -54,8 +55,13 @@ def one_text(context: str | None, question: str) -> str:
 
 
 def sentences(text: str) -> list[tuple[int, str]]:
-    """Where each sentence of a text begins, and the sentence, behind one space wherever it stands."""
-    return [(found.start(), f" {found.group()}") for found in SENTENCE.finditer(text)]
+    """Where each sentence of a text begins, and the sentence, behind one space wherever it stands.
+
+    A sentence ends behind a full stop, a question or an exclamation mark that a space follows, or with its line. What
+    holds no visible character is none, as a tokenizer may make nothing of it.
+    """
+    found = [(match.start(), match.group()) for match in SENTENCE.finditer(text)]
+    return [(start, f" {words}") for start, words in found if any(map(str.isprintable, words.replace(" ", "")))]
 
 
 @dataclass
@@ -86,7 +92,7 @@ class Prompt:
         return ids if self.kept is None else [ids[token] for token in self.kept]
 
     def memory_of(self, states: Tensor) -> Tensor:
-        """The states (tokens, …) that become memory, of those of all tokens."""
+        """The states (tokens, …) that become memory, of those of all tokens; not of what is read in parts."""
         text = states[self.memory_start : self.memory_stop]
         return text if self.kept is None else text[self.kept]
 
@@ -325,9 +331,9 @@ class Backbone:
         separator, before = self._token_ids(ECHO_SEPARATOR), encoded
         if self.template == "question_first":
             before = self.tokenizer([question for _, question in texts], add_special_tokens=False)["input_ids"]
-        rows = list(zip(before, encoded, joined, strict=True))
+        rows = zip(before, encoded, joined, strict=True)
         if self.template == "apart":
-            return [self._in_parts(ids, [sentence for _, sentence in sentences(text)]) for _, ids, text in rows]
+            return [self._in_parts(ids, text) for _, ids, text in rows]
         return [self._in_template(first, ids, separator, text) for first, ids, text in rows]
 
     def parts(self, context: str | None, question: str) -> list[tuple[str | None, str]]:
@@ -336,15 +342,19 @@ class Backbone:
             return [(context, question)]
         return [(None, sentence) for _, sentence in sentences(one_text(context, question))]
 
-    def _in_parts(self, ids: Sequence[int], texts: Sequence[str]) -> Prompt:
+    def _in_parts(self, ids: Sequence[int], text: str) -> Prompt:
         """The tokens of a text whose sentences are read one by one: it may be longer than the backbone's window."""
+        read = [sentence for _, sentence in sentences(text)]
+        if not read:
+            raise ValueError(f"the text {text[:40]!r} holds no sentence: every example needs a question")
+        encoded = self.tokenizer(read, add_special_tokens=False)["input_ids"]
+        parts = [self._in_template([], part, [], sentence) for part, sentence in zip(encoded, read, strict=True)]
         start = len(self.special_prefix)
-        parts = [self._in_template([], self._token_ids(text), [], text) for text in texts]
         return Prompt([*self.special_prefix, *ids, *self._suffix], start, start + len(ids), parts=parts)
 
     def _in_template(self, first: Sequence[int], ids: Sequence[int], separator: Sequence[int], text: str) -> Prompt:
         """The tokens of a text in the template, between special tokens; unless that is plain, `first` comes first."""
-        repeated = [] if self.template == "plain" else [*first, *separator]
+        repeated = [*first, *separator] if self.template in ("echo", "question_first") else []
         start = len(self.special_prefix) + len(repeated)
         token_ids = [*self.special_prefix, *repeated, *ids, *self._suffix]
         self._check_length(token_ids, text)
@@ -354,6 +364,8 @@ class Backbone:
         """Which tokens of a text become memory: `None` for all, or the last of each sentence and of the text."""
         if self.memory == "tokens":
             return None
+        if self.template == "apart":  # the text is a sentence
+            return [len(ids) - 1]
         if self._sentence_ends is None:
             words = enumerate(self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))]))
             self._sentence_ends = frozenset(token for token, word in words if SENTENCE_END & set(word))
@@ -362,10 +374,10 @@ class Backbone:
 
     def _check_length(self, token_ids: Sequence[int], text: str) -> None:
         if self.max_tokens is not None and len(token_ids) > self.max_tokens:
+            shorter = "" if self.template in ("plain", "apart") else " use template 'plain',"
             raise ValueError(
                 f"the text {text[:40]!r}… has {len(token_ids)} tokens with template {self.template!r}, "
-                f"and {self.name} reads {self.max_tokens}: shorten it, use template 'plain', or a backbone with "
-                "a longer window"
+                f"and {self.name} reads {self.max_tokens}: shorten it,{shorter} or use a backbone with a longer window"
             )
 
     def _token_ids(self, text: str) -> list[int]:
@@ -392,31 +404,29 @@ class Backbone:
             )
         characters = [character % length for character in characters]
         if self.template != "apart":
-            return self._vectors_at(text, characters)[0]
-        starts, read = zip(*sentences(text), strict=True)
-        places, num_before = [0] * len(characters), 0
+            return self._vectors_at(text, characters)
+        found = sentences(text)
+        starts = [start for start, _ in found]
         owners = [max(0, bisect.bisect_right(starts, character) - 1) for character in characters]
-        for number, (start, sentence) in enumerate(zip(starts, read, strict=True)):
-            mine = [place for place, owner in enumerate(owners) if owner == number]
-            # Behind a space, as it is read; the spaces after a sentence are its last character.
-            within = [min(characters[place] - start + 1, len(sentence) - 1) for place in mine]
-            vectors, num_vectors = self._vectors_at(sentence, within)
-            for place, vector in zip(mine, vectors, strict=True):
-                places[place] = num_before + vector
-            num_before += num_vectors
+        if self.memory == "sentences":
+            return owners
+        encoded = self.tokenizer([sentence for _, sentence in found], add_special_tokens=False)["input_ids"]
+        num_before, places = list(itertools.accumulate(map(len, encoded), initial=0)), []
+        for character, owner in zip(characters, owners, strict=True):
+            start, sentence = found[owner]  # it is read behind a space; the spaces after it are its last character
+            [token] = self._vectors_at(sentence, [min(character - start + 1, len(sentence) - 1)])
+            places.append(num_before[owner] + token)
         return places
 
-    def _vectors_at(self, text: str, characters: Sequence[int]) -> tuple[list[int], int]:
-        """Which memory vector of a text that is read as one holds each of some characters, and how many there are."""
+    def _vectors_at(self, text: str, characters: Sequence[int]) -> list[int]:
+        """`tokens_at` of a text that is read as one, without checks."""
         encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = [end for _, end in encoded["offset_mapping"]]
         found = [bisect.bisect_right(ends, min(character, ends[-1] - 1)) for character in characters]
         # A piece that marks the start of a word ends where the word's first letter does: the last of them holds it.
         tokens = [bisect.bisect_right(ends, ends[token]) - 1 for token in found]
         kept = self._kept(encoded["input_ids"])
-        if kept is None:
-            return tokens, len(ends)
-        return [bisect.bisect_left(kept, token) for token in tokens], len(kept)
+        return tokens if kept is None else [bisect.bisect_left(kept, token) for token in tokens]
 
     # -- text to go on from ----------------------------------------------------------------------------------------
 
@@ -510,30 +520,35 @@ class Backbone:
         return (torch.stack(means) - mean) / deviation
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        """Hidden state 0 of token ids, any shape: a look-up, so it is never stored."""
+        """Hidden state 0 of token ids, any shape: a look-up, so it is stored for no single token."""
         weight = self.model.get_input_embeddings().weight
         return nn.functional.embedding(token_ids.to(weight.device), weight)
 
     # -- hidden states ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int] | None = None) -> list[Tensor]:
-        """States of each prompt's memory tokens, at the stored layers (or at `layers`, each ≥ 1).
+    def hidden_states(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """States of each prompt's memory tokens, at the stored layers.
 
         The pass stops at the highest layer asked for. Padding lies behind the text: where each token sees earlier
         ones only, it needs no mask. Several threads may call this at once.
 
         Returns:
-            One tensor of shape (memory_tokens, layers, backbone_dim) per prompt, in the backbone's dtype.
+            One tensor of shape (memory_tokens, stored_layers, backbone_dim) per prompt, in the backbone's dtype.
         """
-        if self.template == "apart":
-            read = iter(self._hidden_states([part for prompt in prompts for part in prompt.parts or []], layers))
-            return [torch.cat(list(itertools.islice(read, len(prompt.parts or [])))) for prompt in prompts]
-        return self._hidden_states(prompts, layers)
+        if self.template != "apart":
+            return self._hidden_states(prompts)
+        of_rows = [[(tuple(part.token_ids), part) for part in prompt.parts or []] for prompt in prompts]
+        parts = dict(itertools.chain.from_iterable(of_rows))  # a sentence that comes again is read once
+        keys, budget = list(parts), max(APART_TOKENS, sum(len(prompt.token_ids) for prompt in prompts))
+        states: dict[tuple[int, ...], Tensor] = {}
+        for batch in length_batches([len(key) for key in keys], budget):
+            chosen = [keys[number] for number in batch]
+            states |= zip(chosen, self._hidden_states([parts[key] for key in chosen]), strict=True)
+        return [torch.cat([states[key] for key, _ in row]) for row in of_rows]
 
-    def _hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int] | None) -> list[Tensor]:
+    def _hidden_states(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """`hidden_states` of texts that are read as one."""
-        computed = self.computed_layers if layers is None else list(layers)
         lengths = [len(prompt.token_ids) for prompt in prompts]
         longest = max(lengths)
         token_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -543,11 +558,11 @@ class Backbone:
         if min(lengths) < longest and not self.is_causal:
             mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(self.device)
         token_ids = token_ids.to(self.device)
-        states = self._run_to(computed, token_ids, mask) if computed else []
-        of_rows = [[prompt.memory_of(state[row]) for state in states] for row, prompt in enumerate(prompts)]
-        if layers is not None:
-            return [torch.stack(chosen, dim=1) for chosen in of_rows]
-        return [self.stored_states(prompt, chosen) for prompt, chosen in zip(prompts, of_rows, strict=True)]
+        states = self._run_to(self.computed_layers, token_ids, mask) if self.computed_layers else []
+        return [
+            self.stored_states(prompt, [prompt.memory_of(state[row]) for state in states])
+            for row, prompt in enumerate(prompts)
+        ]
 
     def stored_states(self, prompt: Prompt, states: Sequence[Tensor]) -> Tensor:
         """What is stored of a text, (memory_tokens, stored_layers, backbone_dim).

@@ -343,16 +343,16 @@ def probe_layers(
 
 def _pooled_layers(backbone: Backbone, examples: Sequence[Example], token_budget: int, progress: bool) -> Tensor:
     """Mean and last-token states at every layer, (examples, layers + 1, 2 · backbone_dim)."""
-    prompts = backbone.prompts([(example.context, example.question) for example in examples])
+    view = backbone.with_settings(range(backbone.num_layers + 1), backbone.template, backbone.memory)
+    prompts = view.prompts([(example.context, example.question) for example in examples])
     lengths = [len(prompt.token_ids) for prompt in prompts]
     pooled = torch.empty(len(examples), backbone.num_layers + 1, 2 * backbone.dim)
     with tqdm(total=sum(lengths), unit="tok", unit_scale=True, desc="embed", disable=not progress, leave=False) as bar:
         for rows in length_batches(lengths, token_budget):
             chosen = [prompts[row] for row in rows]
-            states = backbone.hidden_states(chosen, layers=range(1, backbone.num_layers + 1))
-            for row, prompt, state in zip(rows, chosen, states, strict=True):
-                token_ids = torch.tensor(prompt.memory_ids)
-                both = torch.cat([backbone.embed_tokens(token_ids).unsqueeze(1), state], dim=1).float()
-                pooled[row] = torch.cat([both.mean(0), both[-1]], dim=1).cpu()
+            for row, prompt, state in zip(rows, chosen, view.hidden_states(chosen), strict=True):
+                if view.num_stored_layers <= view.num_layers:  # the embeddings of tokens are not among them
+                    state = torch.cat([view.embed_tokens(torch.tensor(prompt.memory_ids)).unsqueeze(1), state], dim=1)
+                pooled[row] = torch.cat([state.float().mean(0), state[-1].float()], dim=1).cpu()
             bar.update(sum(lengths[row] for row in rows))
     return pooled

@@ -37,9 +37,11 @@ class BackboneConfig:
             a causal model has read the question before the context (Springer et al. 2024, arXiv:2402.15449);
             `question_first` shows the question alone before the text, which costs little more than `plain` (without a
             context, the question is the text, and is echoed); `apart` shows each sentence alone, so that a sentence
-            is the same in every text, and is embedded and stored once.
+            is the same in every text, and is embedded and stored once (a context that ends without full stop or line
+            break shares its last sentence with the question).
         memory: `tokens` keeps the state of every token; `sentences` one vector a sentence: the state of its last token
-            (its full stop), which knows the sentence, and in place of layer 0 the mean of its tokens' embeddings.
+            (its full stop), which knows the sentence, and in place of layer 0 the mean of its tokens' embeddings. A
+            token with `.`, `?`, `!` or a line break ends a sentence; with `apart`, if a space follows the mark.
         dtype: Weights of the backbone: `auto` is bfloat16 where the device multiplies it natively.
         quantization: `4bit` or `8bit` (needs `bitsandbytes`).
         gguf_file: File name inside `name_or_path` when the model is a GGUF.

@@ -352,7 +352,8 @@ def fill_cache(
     Args:
         cache: Store of this backbone's fingerprint.
         backbone: The frozen model.
-        texts: Context (or `None`) and question of each text; those that repeat are computed once.
+        texts: Context (or `None`) and question of each text that is read as one (`Backbone.parts`); those that repeat
+            are computed once.
         token_budget: Tokens in one pass of the backbone, padding included.
         progress: Show a bar that counts tokens.
 

@@ -373,7 +373,7 @@ class HybridModel(PreTrainedModel):
         return self.all_layers(pad(ids, batch_first=True), pad(list(states), batch_first=True)), mask.to(self.device)
 
     def all_layers(self, token_ids: Tensor, stored: Tensor) -> Tensor:
-        """Stored states plus the looked-up embedding layer, on the head's device and in its dtype.
+        """Stored states, and the looked-up embedding layer if it is not stored, on the head's device and in its dtype.
 
         Args:
             token_ids: (batch, tokens).

@@ -6,8 +6,8 @@
 of their kind, facts and rules in another order, and with one to `--statements` statements, each a field that stands at
 its last character. A statement that follows is true, one whose opposite follows is false, any other is unknown (open
 world); each is drawn as often as another, and of those that follow each proof depth up to one that is drawn for the
-row, so that a curriculum can begin with rows that ask for facts alone. A theory in `HOLD_OUT` is kept for validation,
-with its own question alone; test rows are those of the file.
+row. The row's depth is the deepest of them, so that a curriculum can begin with rows that facts alone answer. A theory
+in `HOLD_OUT` is kept for validation, with its own question alone; test rows are those of the file.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int) -> l
             exchanged, told = exchange(draw), in_another_order(context, draw)
             texts = [reworded(to_text(literal), exchanged) for literal, _, _ in chosen]
             row = {"id": f"{number}-{copy}", "split": "train", "context": reworded(told, exchanged)}
-            row |= {"question": " ".join(texts), "depth": deepest}
+            row |= {"question": " ".join(texts), "depth": max(depth or 0 for _, _, depth in chosen)}
             answers = [label for _, label, _ in chosen]
             written.append(row | as_fields(row["context"], texts, answers))
     return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -14,14 +15,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from hybrid.backbone import Backbone, default_layers, length_batches, one_text
+from hybrid import backbone as backbone_module
+from hybrid.backbone import Backbone, default_layers, length_batches, one_text, sentences
 
 TEXTS = [("A is left of B .", "Where is A ?"), ("A is left of B . B is above C .", "Where is A relative to C ?")]
 
 
 def test_states_are_those_of_transformers(any_backbone):
     prompts = any_backbone.prompts(TEXTS)
-    states = any_backbone.hidden_states(prompts, layers=[1, 2])
+    states = any_backbone.with_settings([1, 2], any_backbone.template).hidden_states(prompts)
     for prompt, state in zip(prompts, states, strict=True):
         ids = torch.tensor([prompt.token_ids])
         with torch.no_grad():
@@ -81,18 +83,18 @@ def test_memory_of_sentences_is_that_of_their_last_tokens(any_backbone):
     whole = any_backbone.prompt(*TEXTS[1])
     is_end = [any_backbone.tokenizer.decode([token]).strip() in (".", "?") for token in whole.memory_ids]
     ends = [token for token, end in zip(whole.memory_ids, is_end, strict=True) if end]
-    sentences = any_backbone.with_settings(any_backbone.layers, any_backbone.template, "sentences")
-    prompt = sentences.prompt(*TEXTS[1])
+    view = any_backbone.with_settings(any_backbone.layers, any_backbone.template, "sentences")
+    prompt = view.prompt(*TEXTS[1])
     assert prompt.token_ids == whole.token_ids and prompt.memory_ids == ends and len(ends) == 3
-    [all_states], [states] = any_backbone.hidden_states([whole]), sentences.hidden_states([prompt])
+    [all_states], [states] = any_backbone.hidden_states([whole]), view.hidden_states([prompt])
     torch.testing.assert_close(states[:, 1:], all_states[torch.tensor(is_end)])
     words = any_backbone.embed_tokens(torch.tensor(whole.memory_ids[: is_end.index(True) + 1]))
     torch.testing.assert_close(states[0, 0], words.mean(0))  # in place of the embedding of a full stop
     places = [text.index("C"), text.index("?"), 0, text.index("B is")]
-    assert sentences.tokens_at(text, places) == [1, 2, 0, 1]
-    assert len(sentences.prompt(None, "A is left").memory_ids) == 1  # the end of a text is one, too
+    assert view.tokens_at(text, places) == [1, 2, 0, 1]
+    assert len(view.prompt(None, "A is left").memory_ids) == 1  # the end of a text is one, too
     changed = {"memory": "sentences", "layers": any_backbone.layers}
-    assert sentences.fingerprint() == any_backbone.fingerprint() | changed
+    assert view.fingerprint() == any_backbone.fingerprint() | changed
 
 
 @pytest.mark.parametrize("memory", ["tokens", "sentences"])
@@ -105,7 +107,7 @@ def test_sentences_apart_are_read_as_if_alone(any_backbone, memory):
     [prompt, other], expected = apart.prompts([TEXTS[1], TEXTS[0]]), alone.prompts(read)
     states, other_states = apart.hidden_states([prompt, other])
     torch.testing.assert_close(states, torch.cat(alone.hidden_states(expected)))
-    torch.testing.assert_close(other_states[0], states[0])  # the same sentence
+    assert torch.equal(other_states[0], states[0])  # the same sentence
     assert prompt.memory_ids == [token for part in expected for token in part.memory_ids]
     places = [0, text.index("B is"), text.index("C"), text.index(" Where"), -1]  # the space is the second's last sign
     vectors = apart.tokens_at(text, places)
@@ -115,6 +117,35 @@ def test_sentences_apart_are_read_as_if_alone(any_backbone, memory):
         read_there = [apart.tokenizer.decode([prompt.memory_ids[vector]]).strip() for vector in vectors]
         assert read_there == ["A", "B", "C", ".", "?"]
     assert apart.fingerprint() != alone.fingerprint()
+
+
+def test_sentences_apart_are_read_in_passes_of_limited_size(backbone, monkeypatch):
+    monkeypatch.setattr(backbone_module, "APART_TOKENS", 8)
+    apart, shapes, run_to = backbone.with_settings(backbone.layers, "apart"), [], Backbone._run_to
+
+    def run(self, layers, token_ids, mask):
+        shapes.append(tuple(token_ids.shape))
+        return run_to(self, layers, token_ids, mask)
+
+    monkeypatch.setattr(Backbone, "_run_to", run)
+    context = "A is left of B . " * 30 + "A " * 100 + ".\n" + "B .\n" * 9 + "C is left ."
+    prompt = apart.prompt(context, "Where is A ?")
+    [states] = apart.hidden_states([prompt])
+    assert len(states) == len(prompt.memory_ids) and torch.equal(states[:6], states[6:12])
+    assert max(rows * width for rows, width in shapes) <= len(prompt.token_ids)  # a sentence that recurs is read once
+
+
+def test_what_is_no_sentence(backbone):
+    assert sentences('A is it. "B?" C:\n1 _\n\u200b\n Pi is 3.14?! x') == [
+        (0, " A is it."), (9, ' "B?"'), (14, " C:"), (17, " 1 _"), (24, " Pi is 3.14?!"), (37, " x"),
+    ]  # fmt: skip
+    start = time.perf_counter()
+    assert len(sentences("a" + "." * 100_000)) == 1 and len(sentences("a?" * 50_000 + ". b")) == 2
+    assert time.perf_counter() - start < 1
+    apart = backbone.with_settings(backbone.layers, "apart", "sentences")
+    with pytest.raises(ValueError, match="holds no sentence: every example needs a question"):
+        apart.prompt(None, "\u200b")
+    assert apart.tokens_at("A is left .\n\u200b", [-1]) == [0]
 
 
 def test_the_mark_of_a_word_is_not_its_first_letter(backbone):
@@ -142,7 +173,7 @@ def test_pass_stops_at_the_highest_layer_asked_for(backbone):
         block.register_forward_pre_hook(lambda module, args, layer=layer: ran.append(layer))
         for layer, block in enumerate(backbone._short_encoder.layers, start=1)
     ]
-    backbone.hidden_states([backbone.prompt(*TEXTS[0])], layers=[1, 2])
+    backbone.with_settings([1, 2], "echo").hidden_states([backbone.prompt(*TEXTS[0])])
     for handle in handles:
         handle.remove()
     assert ran == [1, 2]
@@ -161,12 +192,12 @@ def test_a_causal_model_needs_no_mask_for_padding_and_others_get_one(any_backbon
 
 def test_threads_read_the_same_model_at_once_at_their_own_layers(backbone):
     prompts = backbone.prompts(TEXTS)
-    layers = [[1], [2], [1, 3], [3]] * 8
-    expected = {tuple(chosen): backbone.hidden_states(prompts, chosen) for chosen in layers}
+    views = [backbone.with_settings(layers, "echo") for layers in ([1], [2], [1, 3], [3])]
+    expected = [view.hidden_states(prompts) for view in views]
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda chosen: backbone.hidden_states(prompts, chosen), layers))
-    for chosen, states in zip(layers, results, strict=True):
-        for state, alone in zip(states, expected[tuple(chosen)], strict=True):
+        results = list(pool.map(lambda view: view.hidden_states(prompts), views * 8))
+    for states, expected_states in zip(results, expected * 8, strict=True):
+        for state, alone in zip(states, expected_states, strict=True):
             torch.testing.assert_close(state, alone)
 
 
