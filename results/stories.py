@@ -4,8 +4,8 @@
 
 A thousand stories a task are learned by heart. Each training story comes `--copies` times, once as it is; what is
 exchanged in a copy is exchanged throughout, so that the answer stays right. Words are exchanged for those that the
-task has, too: its options do not change. One training story of `HOLD_OUT` is kept for validation, as it is, and test
-rows are those of the file.
+task has, too: its options do not change. One training story of `HOLD_OUT` is kept for validation, as it is. Test rows
+are those of the file that no training row asks, in the same words.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def in_other_words(rows: Sequence[dict[str, Any]], copies: int) -> list[dict[str
         for _ in range(copies - 1):
             new = exchange(row["task"], vocabulary[row["task"]], draw)
             written.append(row | {key: reworded(row[key], new) for key in ("context", "question", "answer")})
-    return written
+    trained = {(row["context"], row["question"]) for row in written if row["split"] == "train"}
+    return [row for row in written if row["split"] != "test" or (row["context"], row["question"]) not in trained]
 
 
 def exchange(task: int, vocabulary: set[str], draw: random.Random) -> dict[str, str]:

@@ -339,6 +339,9 @@ def test_stories_in_other_words(monkeypatch):
     assert {motive["question"] for motive in rows[120:160]} == {"Where will jason go?", "Where will yann go?"}
     monkeypatch.setattr(stories, "HOLD_OUT", 1)
     assert {row["split"] for row in stories.in_other_words(told, copies=3)} == {"valid", "test"}
+    monkeypatch.setattr(stories, "HOLD_OUT", 100)
+    again = stories.in_other_words([told[2], told[4], told[2] | {"split": "test"}], copies=3)
+    assert [row["split"] for row in again] == ["train"] * 3 + ["test"] and again[-1] == told[4]
 
 
 def test_rows_with_and_without_distractors_are_mixed_and_held_out_by_depth(monkeypatch):
