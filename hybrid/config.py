@@ -458,6 +458,11 @@ class HybridConfig(PreTrainedConfig):
             warnings.warn(f"HybridConfig got unknown keys {unknown}: ignored", stacklevel=3)
         super().__post_init__(**{key: value for key, value in kwargs.items() if key not in unknown})
 
+    @property
+    def asks_by_name(self) -> bool:
+        """Whether the head always was asked for fields by their names, which differ from question to question."""
+        return self.options is not None and self.choices is None and self.fields is None
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form, sections as plain dictionaries."""
         output = super().to_dict()

@@ -358,6 +358,16 @@ def fields_asked(
         raise ValueError("both choices and fields were given: choices are the options of a single field")
     choices = choices if choices is not None else model.config.choices
     own = model.config.fields
+    if fields is None and model.config.asks_by_name:
+        if choices is None:
+            raise ValueError(
+                "this head is asked for fields by their names, whose options it has: give fields=['name', …] "
+                """(`--fields '["name", …]'`), all that its training rows would have"""
+            )
+        warnings.warn(
+            "choices ask for one field, and this head always was asked for fields by their names: expect guesses",
+            stacklevel=3,
+        )
     if isinstance(fields, Mapping):
         fields = [Field(name, options) for name, options in fields.items()]
     if fields is not None:

@@ -307,7 +307,7 @@ class HybridModel(PreTrainedModel):
         reasoner, backbone = self.config.reasoner, self.config.backbone
         asks_itself = self.config.choices is not None or self.config.fields is not None
         asks_places = self.config.places is not None and not asks_itself and not self.config.find_names
-        if self.config.find_names:
+        if self.config.find_names or self.config.asks_by_name:
             asked = ', context="...", ' + (
                 'fields=["..."]' if self.config.options else 'fields={"...": ["yes", "no"]}'
             )

@@ -85,7 +85,7 @@ Row = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> None:
     """Write the rows with their fields."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--due", action="store_true", help="stories: say from which step an answer can be known")

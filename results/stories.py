@@ -4,8 +4,9 @@
 
 A thousand stories a task are learned by heart. Each training story comes `--copies` times, once as it is; what is
 exchanged in a copy is exchanged throughout, so that the answer stays right. Words are exchanged for those that the
-task has, too: its options do not change. One training story of `HOLD_OUT` is kept for validation, as it is. Test rows
-are those of the file that no training row asks, in the same words.
+task has, too: its options do not change. One training story of twenty is kept for validation, as it is. Test rows are
+those of the file that no training row asks, in the same words. Rows have `split`, `task`, `context`, `question` and
+`answer`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--copies", type=int, default=8, help="how often each training story comes")
+    parser.add_argument("--copies", type=int, default=8, help="how often each training story comes (8)")
     parsed = parser.parse_args(arguments)
     rows = in_other_words([json.loads(line) for line in parsed.data.read_text().splitlines()], parsed.copies)
     parsed.output.parent.mkdir(parents=True, exist_ok=True)

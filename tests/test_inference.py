@@ -149,6 +149,18 @@ def test_head_without_default_choices_asks_for_them(model):
         model.answer(QUESTIONS[0])
 
 
+def test_head_that_is_asked_by_name_says_so(model, tmp_path):
+    model.config.choices, model.config.options = None, ["knight", "knave"]
+    model.save_pretrained(tmp_path)
+    again = HybridModel.from_pretrained(tmp_path, model.backbone)
+    assert set(again.answer(QUESTIONS[0], fields=["A", "B"]).value) == {"A", "B"}
+    with pytest.raises(ValueError, match="asked for fields by their names, whose options it has"):
+        again.answer(QUESTIONS[0])
+    with pytest.warns(match="this head always was asked for fields by their names: expect guesses"):
+        assert again.answer(QUESTIONS[0], choices=["left", "right"]).value in ("left", "right")
+    assert """answer("...", context="...", fields=["..."]).value""" in (tmp_path / "README.md").read_text()
+
+
 def test_head_with_default_fields_answers_them(model, tmp_path):
     model.config.choices, model.config.fields = None, {"A": ["knight", "knave"], "B": ["yes", "no"]}
     model.save_pretrained(tmp_path)
