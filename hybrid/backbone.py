@@ -18,6 +18,7 @@ import re
 import shutil
 import tempfile
 import threading
+import unicodedata
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -58,10 +59,14 @@ def sentences(text: str) -> list[tuple[int, str]]:
     """Where each sentence of a text begins, and the sentence, behind one space wherever it stands.
 
     A sentence ends behind a full stop, a question or an exclamation mark that a space follows, or with its line. What
-    holds no visible character is none, as a tokenizer may make nothing of it.
+    has no letter, number, mark or symbol is none, as a tokenizer may make nothing of it.
     """
     found = [(match.start(), match.group()) for match in SENTENCE.finditer(text)]
-    return [(start, f" {words}") for start, words in found if any(map(str.isprintable, words.replace(" ", "")))]
+    return [
+        (start, f" {words}")
+        for start, words in found
+        if any(unicodedata.category(character)[0] in "LNPS" for character in words)
+    ]
 
 
 @dataclass
@@ -392,7 +397,7 @@ class Backbone:
         Raises:
             ValueError: The text is shorter, or the tokenizer is slow (it does not tell).
         """
-        if not self.tokenizer.is_fast:
+        if not self.tokenizer.is_fast and (self.template, self.memory) != ("apart", "sentences"):
             raise ValueError(
                 f"the tokenizer of {self.name} does not tell where its tokens stand: set data.places=false"
             )
@@ -540,7 +545,8 @@ class Backbone:
             return self._hidden_states(prompts)
         of_rows = [[(tuple(part.token_ids), part) for part in prompt.parts or []] for prompt in prompts]
         parts = dict(itertools.chain.from_iterable(of_rows))  # a sentence that comes again is read once
-        keys, budget = list(parts), max(APART_TOKENS, sum(len(prompt.token_ids) for prompt in prompts))
+        keys, longest = list(parts), max(len(prompt.token_ids) for prompt in prompts)
+        budget = max(APART_TOKENS, len(prompts) * longest)  # what reading them whole would take
         states: dict[tuple[int, ...], Tensor] = {}
         for batch in length_batches([len(key) for key in keys], budget):
             chosen = [keys[number] for number in batch]

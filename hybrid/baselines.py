@@ -342,7 +342,7 @@ def probe_layers(
 
 
 def _pooled_layers(backbone: Backbone, examples: Sequence[Example], token_budget: int, progress: bool) -> Tensor:
-    """Mean and last-token states at every layer, (examples, layers + 1, 2 · backbone_dim)."""
+    """Mean and last vector of memory at every layer, (examples, layers + 1, 2 · backbone_dim)."""
     view = backbone.with_settings(range(backbone.num_layers + 1), backbone.template, backbone.memory)
     prompts = view.prompts([(example.context, example.question) for example in examples])
     lengths = [len(prompt.token_ids) for prompt in prompts]
@@ -351,7 +351,7 @@ def _pooled_layers(backbone: Backbone, examples: Sequence[Example], token_budget
         for rows in length_batches(lengths, token_budget):
             chosen = [prompts[row] for row in rows]
             for row, prompt, state in zip(rows, chosen, view.hidden_states(chosen), strict=True):
-                if view.num_stored_layers <= view.num_layers:  # the embeddings of tokens are not among them
+                if view.memory == "tokens":  # their embeddings are not stored
                     state = torch.cat([view.embed_tokens(torch.tensor(prompt.memory_ids)).unsqueeze(1), state], dim=1)
                 pooled[row] = torch.cat([state.float().mean(0), state[-1].float()], dim=1).cpu()
             bar.update(sum(lengths[row] for row in rows))

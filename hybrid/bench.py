@@ -115,18 +115,19 @@ def matrix_rate(device: torch.device) -> float:
 
 def bench_embedding(bench: Bench, name: str, examples: Sequence[Example]) -> list[Row]:
     """The embedder against a plain loop, the machine, and its own cache, on the first `NUM_TOKENS` of some texts."""
-    backbone, texts = bench.backbone, [(example.context, example.question) for example in examples]
+    backbone = bench.backbone
+    read = [part for example in examples for part in backbone.parts(example.context, example.question)]
+    texts = list(dict.fromkeys(read))  # what is read by itself, once
     prompts = backbone.prompts(texts)
     ends = list(itertools.accumulate(len(prompt.token_ids) for prompt in prompts))
     texts = texts[: bisect.bisect(ends, NUM_TOKENS) + 1]
     prompts, num_tokens = prompts[: len(texts)], ends[len(texts) - 1]
-    parts = [part for text in texts for part in backbone.parts(*text)]
     compile_seconds = bench.seconds(backbone.compile) if bench.device.type == "cpu" else 0.0
     arguments = backbone.fingerprint(), backbone.num_stored_layers, backbone.dim
     with tempfile.TemporaryDirectory() as folder:
 
         def fill(cache: FeatureCache) -> None:
-            fill_cache(cache, backbone, parts, token_budget=FeatureConfig().token_budget, progress=False)
+            fill_cache(cache, backbone, texts, token_budget=FeatureConfig().token_budget, progress=False)
 
         def embed() -> None:
             with FeatureCache.open(tempfile.mkdtemp(dir=folder), *arguments) as cache:

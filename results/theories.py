@@ -6,8 +6,9 @@
 of their kind, facts and rules in another order, and with one to `--statements` statements, each a field that stands at
 its last character. A statement that follows is true, one whose opposite follows is false, any other is unknown (open
 world); each is drawn as often as another, and of those that follow each proof depth up to one that is drawn for the
-row. The row's depth is the deepest of them, so that a curriculum can begin with rows that facts alone answer. A theory
-in `HOLD_OUT` is kept for validation, with its own question alone; test rows are those of the file.
+row. The row's depth is the deepest of them, so that a curriculum can begin with rows in which what follows is a fact,
+and what is unknown follows from nothing. A theory in `HOLD_OUT` is kept for validation, with its own question alone;
+test rows are those of the file.
 """
 
 from __future__ import annotations
