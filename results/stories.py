@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from theories import reworded
+
 HOLD_OUT = 20
 WORD = re.compile(r"[A-Za-z]+")
 KINDS = [  # each word of a kind with its other forms
@@ -96,19 +98,6 @@ def exchange(task: int, vocabulary: set[str], draw: random.Random) -> dict[str, 
         if set(pair) <= vocabulary:
             new |= zip(pair, draw.sample(pair, 2), strict=True)
     return new
-
-
-def reworded(text: str, new: dict[str, str]) -> str:
-    """The text with words exchanged; a capital stays where it was."""
-
-    def other(match: re.Match[str]) -> str:
-        word = match[0]
-        found = new.get(word) or new.get(word.lower()) or new.get(word.capitalize())
-        if found is None:
-            return word
-        return found[0].upper() + found[1:] if word[0].isupper() else found[0].lower() + found[1:]
-
-    return WORD.sub(other, text)
 
 
 if __name__ == "__main__":

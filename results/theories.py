@@ -272,10 +272,8 @@ def reworded(text: str, exchanged: dict[str, str]) -> str:
 
     def other(match: re.Match[str]) -> str:
         word = match[0]
-        if word in exchanged:
-            return exchanged[word]
-        new = exchanged.get(word.lower(), word)
-        return new if new == word else new[0].upper() + new[1:]
+        new = exchanged.get(word) or exchanged.get(word.lower()) or exchanged.get(word.capitalize()) or word
+        return (new[0].upper() if word[0].isupper() else new[0].lower()) + new[1:]
 
     return WORD.sub(other, text)
 
