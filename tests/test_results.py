@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 
 import ablations
 import chains
+import counts
 import prontoqa_shortcut
 import puzzles
 import render
@@ -342,6 +343,31 @@ def test_stories_in_other_words(monkeypatch):
     monkeypatch.setattr(stories, "HOLD_OUT", 100)
     again = stories.in_other_words([told[2], told[4], told[2] | {"split": "test"}], copies=3)
     assert [row["split"] for row in again] == ["train"] * 3 + ["test"] and again[-1] == told[4]
+
+
+def test_what_the_sets_hold_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(stories, "HOLD_OUT", 100)
+    park = {"task": 1, "context": "Mary is in the park.", "question": "Where is Mary?", "answer": "park"}
+    rows = [park | {"split": "train"}, park | {"split": "test"}, park | {"split": "test", "question": "Who?"}]
+    found = counts.asked_again(rows)
+    assert found == dict.fromkeys(("as it is", "in other words"), {"all": 1, "1": 1})
+    assert counts.distinct(rows) == {" Mary is in the park.", " Where is Mary?", " Who?"}
+    said = [
+        ("Anne is red.", "True"),
+        ("Bob is red.", "True"),
+        ("Bob is big.", "Unknown"),
+        ("Bob is not big.", "False"),
+    ]
+    polarity = counts.by_polarity([{"question": question, "answer": answer} for question, answer in said])
+    assert polarity == {"n": 4, "right": 3, "accuracy": 0.75}
+    for file in ("stepgame_clean", "babi_en", "proofwriter_d5"):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    theory = {"split": "train", "context": THEORY, "question": "The cat is red.", "answer": "True"}
+    (tmp_path / "proofwriter_d5.jsonl").write_text(json.dumps(theory) + "\n")
+    counts.main([str(tmp_path), "--output", str(tmp_path / "counts.json")])
+    written = json.loads((tmp_path / "counts.json").read_text())
+    assert written["sentences"] == {"stepgame": 3, "babi": 3, "proofwriter": 9}
+    assert written["proofwriter_validation_by_polarity"] == {"n": 1, "right": 1, "accuracy": 1.0}
 
 
 def test_rows_with_and_without_distractors_are_mixed_and_held_out_by_depth(monkeypatch):

@@ -1,0 +1,78 @@
+"""What the local copies hold: sentences that differ, test questions that training asks, answers by polarity.
+
+    python results/counts.py ../shared/data --output results/counts.json
+
+Read apart, a sentence is embedded once: how many are there? Of bAbI's test questions, how many does training ask in
+the same words, as it is and with the copies of `results/stories.py`? And how many ProofWriter questions does the
+polarity of the statement alone answer, of those that `results/theories.py` keeps for validation?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stories import in_other_words
+from theories import with_statements
+
+from hybrid.backbone import one_text, sentences
+from hybrid.evaluation import provenance, write_results
+
+COPIES = 8  # of a training story, as `results/stories.py` makes them
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of the local copies")
+    parser.add_argument("--output", type=Path, required=True)
+    parsed = parser.parse_args(arguments)
+    names = {"stepgame": "stepgame_clean", "babi": "babi_en", "proofwriter": "proofwriter_d5"}
+    sets = {
+        name: [json.loads(line) for line in (parsed.data / f"{file}.jsonl").read_text().splitlines()]
+        for name, file in names.items()
+    }
+    held_out = [row for row in with_statements(sets["proofwriter"], copies=0, most=0) if row["split"] == "valid"]
+    counts = {
+        "sentences": {name: len(distinct(rows)) for name, rows in sets.items()},
+        "babi_test_questions_asked_in_training": asked_again(sets["babi"]),
+        "proofwriter_validation_by_polarity": by_polarity(held_out),
+    }
+    write_results(parsed.output, {**counts, **provenance(shlex.join(["python", "results/counts.py", *arguments]), 0)})
+
+
+def distinct(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """The sentences of contexts and questions, each once."""
+    return {sentence for row in rows for _, sentence in sentences(one_text(row["context"], row["question"]))}
+
+
+def asked_again(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Test questions by task that training asks in the same words, before and after it comes in other words too."""
+    found = {}
+    for name, training in (("as it is", rows), ("in other words", in_other_words(rows, COPIES))):
+        asked = {(row["context"], row["question"]) for row in training if row["split"] == "train"}
+        again = [row for row in rows if row["split"] == "test" and (row["context"], row["question"]) in asked]
+        found[name] = {
+            "all": len(again),
+            **{str(task): n for task, n in sorted(Counter(r["task"] for r in again).items())},
+        }
+    return found
+
+
+def by_polarity(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many answers the commonest one of statements with, and of those without a negation gives."""
+    answers: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for row in rows:
+        answers[" not " in row["question"]][row["answer"]] += 1
+    right = sum(max(counts.values(), default=0) for counts in answers.values())
+    return {"n": len(rows), "right": right, "accuracy": right / max(1, len(rows))}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
