@@ -226,7 +226,8 @@ def command_eval(arguments: Sequence[str]) -> None:
     if reasoner.num_latent_passes == 0:
         name = {"name": f"no recursion, {reasoner.num_layers} layers once"}
     elif model.config.backbone.layers == [0]:
-        name = {"name": "no language model, tokens alone"}
+        kept = "tokens" if model.config.backbone.memory == "tokens" else "words of sentences"
+        name = {"name": f"no language model, {kept} alone"}
     results: dict[str, Any] = {
         **name,
         "split": getattr(config.data, f"{role}_split"),

@@ -8,7 +8,7 @@ distractors never are. `--harder FILE` writes the questions with more sentences,
 concepts that nobody belongs to: answers stay, that shortcut is gone. `--mixed FILE` writes rows that lead to the rule:
 questions without distractors teach what the answer is once the sentence is found, those with distractors which it is.
 With `--copies` each training row of it comes again with its concepts exchanged at random (wumpuses for yumpuses), so
-that stories are harder to know by heart.
+that stories are harder to know by heart; with `--words` names and properties, too, by which a story is still known.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ CONCEPTS = {
 }  # fmt: skip
 SPLITS = ("train", "valid", "test")  # those with distractors
 NUM_HELD_OUT = 100  # of --mixed, a depth
-CONCEPT = re.compile(rf"\b(an? )?({'|'.join(sorted(CONCEPTS))})", re.IGNORECASE)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -52,11 +51,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rows", type=int, default=1100, help="of --mixed: at most so many with distractors a depth")
     parser.add_argument("--easy", type=int, default=300, help="of --mixed: easy ones of one hop, and of two")
     parser.add_argument("--copies", type=int, default=1, help="of --mixed: how often each training row comes")
+    parser.add_argument("--words", action="store_true", help="of --copies: exchange names and properties as well")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     if parsed.mixed:
-        lines = (json.dumps(row) for row in mixed(rows, parsed.deepest, parsed.rows, parsed.easy, parsed.copies))
-        parsed.mixed.write_text("".join(f"{line}\n" for line in lines))
+        kinds = [sorted(CONCEPTS), *(names_and_properties(rows) if parsed.words else [])]
+        written = mixed(rows, parsed.deepest, parsed.rows, parsed.easy, parsed.copies, kinds)
+        parsed.mixed.write_text("".join(f"{json.dumps(row)}\n" for row in written))
     rows = [row for row in rows if row["split"] in SPLITS]
     right: dict[tuple[str, int], list[bool]] = defaultdict(list)
     for row in rows:
@@ -121,7 +122,12 @@ def belongs_to(subject: str, known: Sequence[tuple[str, bool, str]], concepts: s
 
 
 def mixed(
-    rows: Sequence[dict[str, Any]], deepest: int, num_rows: int, num_easy: int, num_copies: int
+    rows: Sequence[dict[str, Any]],
+    deepest: int,
+    num_rows: int,
+    num_easy: int,
+    num_copies: int,
+    kinds: Sequence[Sequence[str]] = (sorted(CONCEPTS),),
 ) -> list[dict[str, Any]]:
     """Training rows with and without distractors; the last hundred of what is taken of a depth are for validation.
 
@@ -132,7 +138,8 @@ def mixed(
         deepest: Hops at most, with distractors.
         num_rows: Training rows of a depth at most, with distractors.
         num_easy: Likewise without, of one hop and of two.
-        num_copies: How often each training row comes, from the second time on with its concepts exchanged.
+        num_copies: How often each training row comes, from the second time on with words exchanged.
+        kinds: The words that are exchanged, each for one of its kind.
     """
     found: list[dict[str, Any]] = []
     generator, seen, total = random.Random(1), Counter(), Counter((row["split"], row["depth"]) for row in rows)
@@ -148,7 +155,7 @@ def mixed(
         kept = {name: value for name, value in row.items() if name != "steps"}
         kept |= {"split": "valid" if is_held_out else "train", "depth": row["depth"] + 10 * is_easy}
         copies = range(1, 1 if is_held_out else num_copies)
-        found += [kept, *(with_concepts(kept, generator) | {"id": f"{row['id']}+{copy}"} for copy in copies)]
+        found += [kept, *(reworded(kept, kinds, generator) | {"id": f"{row['id']}+{copy}"} for copy in copies)]
     return random.Random(0).sample(found, len(found))
 
 
@@ -157,16 +164,24 @@ def with_article(word: str) -> str:
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
-def with_concepts(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
-    """The row with its concepts exchanged for others, one for one."""
-    new = dict(zip(sorted(CONCEPTS), generator.sample(sorted(CONCEPTS), len(CONCEPTS)), strict=True))
+def reworded(row: dict[str, Any], kinds: Sequence[Sequence[str]], generator: random.Random) -> dict[str, Any]:
+    """The row with its words exchanged for others of their kind, one for one."""
+    new = {word: other for kind in kinds for word, other in zip(kind, generator.sample(kind, len(kind)), strict=True)}
+    pattern = re.compile(rf"\b(an? )?({'|'.join(new)})(?=(?:es)?\b)", re.IGNORECASE)
 
     def other(match: re.Match[str]) -> str:
         word = new[match[2].lower()]
         text = with_article(word) if match[1] else word
         return text.capitalize() if match[0][0].isupper() else text
 
-    return row | {"context": CONCEPT.sub(other, row["context"]), "question": CONCEPT.sub(other, row["question"])}
+    return row | {name: pattern.sub(other, row[name]) for name in ("context", "question")}
+
+
+def names_and_properties(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Whom stories are about, and what is said of them but concepts, in small letters."""
+    names = {facts(row["question"].removeprefix("True or false: "))[0][0] for row in rows}
+    said = {predicate for row in rows for _, _, predicate in facts(row["context"])}
+    return [sorted(names), sorted(said - CONCEPTS)]
 
 
 def facts(text: str) -> list[tuple[str, bool, str]]:

@@ -9,6 +9,11 @@ world); each is drawn as often as another, and of those that follow each proof d
 row. The row's depth is the deepest of them, so that a curriculum can begin with rows in which what follows is a fact,
 and what is unknown follows from nothing. A theory in `HOLD_OUT` is kept for validation, with its own question alone;
 test rows are those of the file.
+
+`--atoms SHARE` asks, in this share of the training rows and in all of validation and test, for every positive
+statement that the theory's words allow ("Bob is kind", "the cat sees the dog"), so that what follows on the way has a
+field to stand in. Training rows answer those that rules tell, up to the depth that is drawn for them, as many facts
+and unknown ones, and some negated ones; of validation and test, only what the file asks for has an answer.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from hybrid.evaluation import provenance, write_results
 
 HOLD_OUT = 12  # of so many theories, one is kept for validation
 SINGLE = 1 / 8  # of the training rows have one statement, as those of the file
+NEGATED, FEWEST = 6, 6  # of --atoms: statements at most that say not, and facts and unknown ones at least
 OPTIONS = ("True", "False", "Unknown")
 PEOPLE = ["Anne", "Bob", "Charlie", "Dave", "Erin", "Fiona", "Gary", "Harry"]
 ANIMALS = ["bald eagle", "bear", "cat", "cow", "dog", "lion", "mouse", "rabbit", "squirrel", "tiger"]
@@ -95,23 +101,27 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--copies", type=int, default=5, help="how often each training theory comes")
     parser.add_argument("--statements", type=int, default=24, help="at most so many in a row")
+    parser.add_argument("--atoms", type=float, default=0, help="share of the rows that ask for all statements as well")
     parser.add_argument("--labels", type=Path, help="a result file: how often forward chaining and the file agree")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     if parsed.labels:
         command = shlex.join(["python", "results/theories.py", *arguments])
         write_results(parsed.labels, {**agreement(rows), **provenance(command, seed=0)})
-    written = [row for row in rows if row["split"] == "dev"] + with_statements(rows, parsed.copies, parsed.statements)
+    written = [row for row in rows if row["split"] == "dev"]
+    written = [asked_with_atoms(row) for row in written] if parsed.atoms else written
+    written += with_statements(rows, parsed.copies, parsed.statements, parsed.atoms)
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     parsed.output.write_text("".join(json.dumps(row) + "\n" for row in written))
     print(f"{len(written)} rows")
 
 
-def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int) -> list[dict[str, Any]]:
+def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int, share: float = 0) -> list[dict[str, Any]]:
     """Validation rows, and training rows in other words with several statements."""
     theories = sorted({row["context"] for row in rows if row["split"] == "train"})
     held_out, draw = set(theories[::HOLD_OUT]), random.Random(0)
     written = [row | {"split": "valid"} for row in rows if row["context"] in held_out]
+    written = [asked_with_atoms(row) for row in written] if share else written
     for number, context in enumerate(theories):
         if context in held_out:
             continue
@@ -120,9 +130,18 @@ def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int) -> l
             size = 1 if draw.random() < SINGLE else draw.randint(2, most)
             deepest = draw.choice(sorted({depth for _, _, depth in labelled if depth is not None}))
             within = [entry for entry in labelled if entry[2] is None or entry[2] <= deepest]
-            chosen = draw_statements(within, size, draw)
-            exchanged, told = exchange(draw), in_another_order(context, draw)
-            texts = [reworded(to_text(literal), exchanged) for literal, _, _ in chosen]
+            unanswered: list[str] = []
+            if draw.random() < share:
+                chosen = draw_atoms(within, draw)
+                others = atoms(labelled, [to_text(literal) for literal, _, _ in chosen])
+                unanswered = draw.sample(others, len(others))
+            else:
+                chosen = draw_statements(within, size, draw)
+            words = random.Random(f"{number}-{copy}")  # the same whatever statements are drawn: embedded once
+            exchanged, told = exchange(words), in_another_order(context, words)
+            texts = [
+                reworded(text, exchanged) for text in (*(to_text(literal) for literal, _, _ in chosen), *unanswered)
+            ]
             row = {"id": f"{number}-{copy}", "split": "train", "context": reworded(told, exchanged)}
             row |= {"question": " ".join(texts), "depth": max(depth or 0 for _, _, depth in chosen)}
             answers = [label for _, label, _ in chosen]
@@ -130,15 +149,31 @@ def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int) -> l
     return written
 
 
+def atoms(labelled: Sequence[tuple[Literal, str, int | None]], asked: Sequence[str]) -> list[str]:
+    """Every positive statement that is not asked for."""
+    told = (to_text(literal) for literal, _, _ in labelled if literal.holds)
+    return [text for text in told if text not in asked]
+
+
+def asked_with_atoms(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the file, whose question alone has an answer, with all other positive statements as fields."""
+    texts = [row["question"], *atoms(labels(parse(row["context"])), [row["question"]])]
+    fields = as_fields(row["context"], texts, [row["answer"]])
+    return {key: value for key, value in row.items() if key != "choices"} | {"question": " ".join(texts)} | fields
+
+
 def as_fields(context: str, texts: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
-    """One answer to one statement, or a field for each of several, at its last character: as JSON, in one column."""
+    """One answer to one statement, or a field for each of several, at its last character: as JSON, in one column.
+
+    Statements beyond the answers are asked without one.
+    """
     if len(texts) == 1:
         return {"answer": answers[0], "choices": list(OPTIONS)}
     fields, text = [], context
     for statement in texts:
         text = one_text(text, statement)
         fields.append({"name": statement, "options": list(OPTIONS), "at": len(text) - 1})
-    answer = json.dumps(dict(zip(texts, answers, strict=True)))
+    answer = json.dumps(dict(zip(texts, answers, strict=False)))
     return {"fields": json.dumps(fields), "answer": answer}
 
 
@@ -157,6 +192,22 @@ def draw_statements(
         if len(chosen) == size:
             break
     return list(chosen.values())
+
+
+def draw_atoms(
+    labelled: Sequence[tuple[Literal, str, int | None]], draw: random.Random
+) -> list[tuple[Literal, str, int | None]]:
+    """All positive statements that rules tell, as many facts and unknown ones, and some that say not."""
+    groups: dict[str, list[tuple[Literal, str, int | None]]] = {"told": [], "fact": [], "unknown": [], "not": []}
+    for entry in labelled:
+        literal, _, depth = entry
+        kind = "not" if not literal.holds else "unknown" if depth is None else "told" if depth else "fact"
+        groups[kind].append(entry)
+    chosen, size = groups["told"], max(FEWEST, len(groups["told"]))
+    for kind in ("fact", "unknown"):
+        chosen += draw.sample(groups[kind], min(size, len(groups[kind])))
+    chosen += draw_statements(groups["not"], draw.randint(0, NEGATED), draw)
+    return draw.sample(chosen, len(chosen))
 
 
 def labels(theory: Theory) -> list[tuple[Literal, str, int | None]]:
