@@ -84,6 +84,16 @@ def test_copies_of_a_story_have_other_concepts_and_the_same_answer():
         words = new["context"].lower().split()
         assert all(after[0] in "aeiou" for article, after in pairwise(words) if article == "an")
         assert all(after[0] not in "aeiou" for article, after in pairwise(words) if article == "a")
+    other = {"context": "Rex is sour.", "question": "True or false: Rex is a vumpus."}
+    kinds = [
+        sorted(prontoqa_shortcut.CONCEPTS),
+        *prontoqa_shortcut.names_and_properties(
+            [{"context": CONTEXT, "question": "True or false: Max is not wooden."}, other]
+        ),
+    ]
+    assert kinds[1:] == [["max", "rex"], ["sour", "wooden"]]
+    told = {prontoqa_shortcut.reworded(row("train", 0), kinds, random.Random(n))["question"] for n in range(20)}
+    assert told == {f"True or false: {name} is not {what}." for name in ("Max", "Rex") for what in ("sour", "wooden")}
 
 
 def test_agents_between_are_fields_that_are_due_after_so_many_sentences():
