@@ -10,10 +10,11 @@ row. The row's depth is the deepest of them, so that a curriculum can begin with
 and what is unknown follows from nothing. A theory in `HOLD_OUT` is kept for validation, with its own question alone;
 test rows are those of the file.
 
-`--atoms SHARE` asks, in this share of the training rows and in all of validation and test, for every positive
-statement that the theory's words allow ("Bob is kind", "the cat sees the dog"), so that what follows on the way has a
-field to stand in. Training rows answer those that rules tell, up to the depth that is drawn for them, as many facts
-and unknown ones, and some negated ones; of validation and test, only what the file asks for has an answer.
+What follows on the way has no place to stand when one statement is asked alone. `--beside N` asks, in validation and
+test rows, for so many others as well, drawn at random from all that the theory's words allow. `--atoms` asks in every
+row for all that are not negated ("Bob is kind", "the cat sees the dog"): training rows answer those that rules tell,
+up to the depth that is drawn, as many facts and unknown ones, and some negated ones. Of validation and test, only what
+the file asks for has an answer.
 """
 
 from __future__ import annotations
@@ -101,29 +102,37 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--copies", type=int, default=5, help="how often each training theory comes")
     parser.add_argument("--statements", type=int, default=24, help="at most so many in a row")
-    parser.add_argument("--atoms", type=float, default=0, help="share of the rows that ask for all statements as well")
+    parser.add_argument("--beside", type=int, default=0, help="so many other statements in validation and test rows")
+    parser.add_argument("--atoms", action="store_true", help="all statements that are not negated, in every row")
     parser.add_argument("--labels", type=Path, help="a result file: how often forward chaining and the file agree")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     if parsed.labels:
         command = shlex.join(["python", "results/theories.py", *arguments])
         write_results(parsed.labels, {**agreement(rows), **provenance(command, seed=0)})
-    written = [row for row in rows if row["split"] == "dev"]
-    written = [asked_with_atoms(row) for row in written] if parsed.atoms else written
-    written += with_statements(rows, parsed.copies, parsed.statements, parsed.atoms)
+    train = with_statements(rows, parsed.copies, parsed.statements, parsed.atoms)
+    held_out, draw = set(theories_of(rows)[::HOLD_OUT]), random.Random(0)
+    asked = [row for row in rows if row["split"] == "dev"]
+    asked += [row | {"split": "valid"} for row in rows if row["context"] in held_out]
+    written = [*(asked_beside(row, parsed.atoms, parsed.beside, draw) for row in asked), *train]
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     parsed.output.write_text("".join(json.dumps(row) + "\n" for row in written))
     print(f"{len(written)} rows")
 
 
-def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int, share: float = 0) -> list[dict[str, Any]]:
-    """Validation rows, and training rows in other words with several statements."""
-    theories = sorted({row["context"] for row in rows if row["split"] == "train"})
-    held_out, draw = set(theories[::HOLD_OUT]), random.Random(0)
-    written = [row | {"split": "valid"} for row in rows if row["context"] in held_out]
-    written = [asked_with_atoms(row) for row in written] if share else written
-    for number, context in enumerate(theories):
-        if context in held_out:
+def theories_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The contexts of the training questions, each once."""
+    return sorted({row["context"] for row in rows if row["split"] == "train"})
+
+
+def with_statements(
+    rows: Sequence[dict[str, Any]], copies: int, most: int, has_atoms: bool = False
+) -> list[dict[str, Any]]:
+    """Training rows in other words with several statements, of all theories but those held out."""
+    written: list[dict[str, Any]] = []
+    draw = random.Random(0)
+    for number, context in enumerate(theories_of(rows)):
+        if number % HOLD_OUT == 0:
             continue
         labelled = labels(parse(context))
         for copy in range(copies):
@@ -131,14 +140,13 @@ def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int, shar
             deepest = draw.choice(sorted({depth for _, _, depth in labelled if depth is not None}))
             within = [entry for entry in labelled if entry[2] is None or entry[2] <= deepest]
             unanswered: list[str] = []
-            if draw.random() < share:
+            if has_atoms:
                 chosen = draw_atoms(within, draw)
                 others = atoms(labelled, [to_text(literal) for literal, _, _ in chosen])
                 unanswered = draw.sample(others, len(others))
             else:
                 chosen = draw_statements(within, size, draw)
-            words = random.Random(f"{number}-{copy}")  # the same whatever statements are drawn: embedded once
-            exchanged, told = exchange(words), in_another_order(context, words)
+            exchanged, told = exchange(draw), in_another_order(context, draw)
             texts = [
                 reworded(text, exchanged) for text in (*(to_text(literal) for literal, _, _ in chosen), *unanswered)
             ]
@@ -155,11 +163,18 @@ def atoms(labelled: Sequence[tuple[Literal, str, int | None]], asked: Sequence[s
     return [text for text in told if text not in asked]
 
 
-def asked_with_atoms(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the file, whose question alone has an answer, with all other positive statements as fields."""
-    texts = [row["question"], *atoms(labels(parse(row["context"])), [row["question"]])]
-    fields = as_fields(row["context"], texts, [row["answer"]])
-    return {key: value for key, value in row.items() if key != "choices"} | {"question": " ".join(texts)} | fields
+def asked_beside(row: dict[str, Any], has_atoms: bool, number: int, draw: random.Random) -> dict[str, Any]:
+    """A row of the file with other statements as fields that have no answer: all positive ones, or so many drawn."""
+    if not has_atoms and not number:
+        return row
+    labelled, question = labels(parse(row["context"])), row["question"]
+    others = atoms(labelled, [question])
+    if not has_atoms:
+        told = [text for literal, _, _ in labelled if (text := to_text(literal)) != question]
+        others = draw.sample(told, min(number, len(told)))
+    texts = [question, *others]
+    kept = {key: value for key, value in row.items() if key != "choices"} | {"question": " ".join(texts)}
+    return kept | as_fields(row["context"], texts, [row["answer"]])
 
 
 def as_fields(context: str, texts: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
