@@ -79,7 +79,8 @@ def summary(sets: Sequence[str]) -> str:
             written = [system | {"name": f"{system['name']}, in words"} for system in found.get("exact_match", [])]
             systems += [{"split": found["split"], **system} for system in written or beside(found)]
         for number, system in enumerate(systems):
-            *_, deepest, every = system["accuracy_by_depth"]
+            *by_depth, every = system["accuracy_by_depth"]
+            deepest = [row for row in by_depth if row["depth"] is not None][-1]
             costs = [cost_cell(system, key) for key, _ in COSTS.values()]
             shown = f"[{name.removesuffix('_smollm2')}](results/{name}/)" if number == 0 else ""
             cells = [
