@@ -4,7 +4,7 @@
 
 Read apart, a sentence is embedded once: how many are there? Of bAbI's test questions, how many does training ask in
 the same words, as it is and with the copies of `results/stories.py`? And how many ProofWriter questions does the
-polarity of the statement alone answer, of those that `results/theories.py` keeps for validation?
+polarity of the statement alone answer, of those that `results/theories.py` keeps for validation, and of the test's?
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         "sentences": {name: len(distinct(rows)) for name, rows in sets.items()},
         "babi_test_questions_asked_in_training": asked_again(sets["babi"]),
         "proofwriter_validation_by_polarity": by_polarity(held_out),
+        "proofwriter_test_by_polarity": by_polarity([row for row in sets["proofwriter"] if row["split"] == "dev"]),
     }
     write_results(parsed.output, {**counts, **provenance(shlex.join(["python", "results/counts.py", *arguments]), 0)})
 

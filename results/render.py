@@ -80,7 +80,7 @@ def summary(sets: Sequence[str]) -> str:
             systems += [{"split": found["split"], **system} for system in written or beside(found)]
         for number, system in enumerate(systems):
             *by_depth, every = system["accuracy_by_depth"]
-            deepest = [row for row in by_depth if row["depth"] is not None][-1]
+            deepest = ([row for row in by_depth if row["depth"] is not None] or by_depth)[-1]
             costs = [cost_cell(system, key) for key, _ in COSTS.values()]
             shown = f"[{name.removesuffix('_smollm2')}](results/{name}/)" if number == 0 else ""
             cells = [

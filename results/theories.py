@@ -10,11 +10,8 @@ row. The row's depth is the deepest of them, so that a curriculum can begin with
 and what is unknown follows from nothing. A theory in `HOLD_OUT` is kept for validation, with its own question alone;
 test rows are those of the file.
 
-What follows on the way has no place to stand when one statement is asked alone. `--beside N` asks, in validation and
-test rows, for so many others as well, drawn at random from all that the theory's words allow. `--atoms` asks in every
-row for all that are not negated ("Bob is kind", "the cat sees the dog"): training rows answer those that rules tell,
-up to the depth that is drawn, as many facts and unknown ones, and some negated ones. Of validation and test, only what
-the file asks for has an answer.
+`--beside N` asks, in validation and test rows, for so many other statements as well, drawn at random from all that the
+theory's words allow, so that what follows on the way may have a place to stand; they have no answer in those rows.
 """
 
 from __future__ import annotations
@@ -35,7 +32,6 @@ from hybrid.evaluation import provenance, write_results
 
 HOLD_OUT = 12  # of so many theories, one is kept for validation
 SINGLE = 1 / 8  # of the training rows have one statement, as those of the file
-NEGATED, FEWEST = 6, 6  # of --atoms: statements at most that say not, and facts and unknown ones at least
 OPTIONS = ("True", "False", "Unknown")
 PEOPLE = ["Anne", "Bob", "Charlie", "Dave", "Erin", "Fiona", "Gary", "Harry"]
 ANIMALS = ["bald eagle", "bear", "cat", "cow", "dog", "lion", "mouse", "rabbit", "squirrel", "tiger"]
@@ -103,53 +99,37 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--copies", type=int, default=5, help="how often each training theory comes")
     parser.add_argument("--statements", type=int, default=24, help="at most so many in a row")
     parser.add_argument("--beside", type=int, default=0, help="so many other statements in validation and test rows")
-    parser.add_argument("--atoms", action="store_true", help="all statements that are not negated, in every row")
     parser.add_argument("--labels", type=Path, help="a result file: how often forward chaining and the file agree")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     if parsed.labels:
         command = shlex.join(["python", "results/theories.py", *arguments])
         write_results(parsed.labels, {**agreement(rows), **provenance(command, seed=0)})
-    train = with_statements(rows, parsed.copies, parsed.statements, parsed.atoms)
-    held_out, draw = set(theories_of(rows)[::HOLD_OUT]), random.Random(0)
-    asked = [row for row in rows if row["split"] == "dev"]
-    asked += [row | {"split": "valid"} for row in rows if row["context"] in held_out]
-    written = [*(asked_beside(row, parsed.atoms, parsed.beside, draw) for row in asked), *train]
+    written = [row for row in rows if row["split"] == "dev"] + with_statements(rows, parsed.copies, parsed.statements)
+    if parsed.beside:
+        draw = random.Random(0)
+        written = [row if row["split"] == "train" else asked_beside(row, parsed.beside, draw) for row in written]
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     parsed.output.write_text("".join(json.dumps(row) + "\n" for row in written))
     print(f"{len(written)} rows")
 
 
-def theories_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The contexts of the training questions, each once."""
-    return sorted({row["context"] for row in rows if row["split"] == "train"})
-
-
-def with_statements(
-    rows: Sequence[dict[str, Any]], copies: int, most: int, has_atoms: bool = False
-) -> list[dict[str, Any]]:
-    """Training rows in other words with several statements, of all theories but those held out."""
-    written: list[dict[str, Any]] = []
-    draw = random.Random(0)
-    for number, context in enumerate(theories_of(rows)):
-        if number % HOLD_OUT == 0:
+def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int) -> list[dict[str, Any]]:
+    """Validation rows, and training rows in other words with several statements."""
+    theories = sorted({row["context"] for row in rows if row["split"] == "train"})
+    held_out, draw = set(theories[::HOLD_OUT]), random.Random(0)
+    written = [row | {"split": "valid"} for row in rows if row["context"] in held_out]
+    for number, context in enumerate(theories):
+        if context in held_out:
             continue
         labelled = labels(parse(context))
         for copy in range(copies):
             size = 1 if draw.random() < SINGLE else draw.randint(2, most)
             deepest = draw.choice(sorted({depth for _, _, depth in labelled if depth is not None}))
             within = [entry for entry in labelled if entry[2] is None or entry[2] <= deepest]
-            unanswered: list[str] = []
-            if has_atoms:
-                chosen = draw_atoms(within, draw)
-                others = atoms(labelled, [to_text(literal) for literal, _, _ in chosen])
-                unanswered = draw.sample(others, len(others))
-            else:
-                chosen = draw_statements(within, size, draw)
+            chosen = draw_statements(within, size, draw)
             exchanged, told = exchange(draw), in_another_order(context, draw)
-            texts = [
-                reworded(text, exchanged) for text in (*(to_text(literal) for literal, _, _ in chosen), *unanswered)
-            ]
+            texts = [reworded(to_text(literal), exchanged) for literal, _, _ in chosen]
             row = {"id": f"{number}-{copy}", "split": "train", "context": reworded(told, exchanged)}
             row |= {"question": " ".join(texts), "depth": max(depth or 0 for _, _, depth in chosen)}
             answers = [label for _, label, _ in chosen]
@@ -157,22 +137,11 @@ def with_statements(
     return written
 
 
-def atoms(labelled: Sequence[tuple[Literal, str, int | None]], asked: Sequence[str]) -> list[str]:
-    """Every positive statement that is not asked for."""
-    told = (to_text(literal) for literal, _, _ in labelled if literal.holds)
-    return [text for text in told if text not in asked]
-
-
-def asked_beside(row: dict[str, Any], has_atoms: bool, number: int, draw: random.Random) -> dict[str, Any]:
-    """A row of the file with other statements as fields that have no answer: all positive ones, or so many drawn."""
-    if not has_atoms and not number:
-        return row
-    labelled, question = labels(parse(row["context"])), row["question"]
-    others = atoms(labelled, [question])
-    if not has_atoms:
-        told = [text for literal, _, _ in labelled if (text := to_text(literal)) != question]
-        others = draw.sample(told, min(number, len(told)))
-    texts = [question, *others]
+def asked_beside(row: dict[str, Any], number: int, draw: random.Random) -> dict[str, Any]:
+    """A row of the file with so many other statements as fields that have no answer."""
+    question = row["question"]
+    others = [text for literal, _, _ in labels(parse(row["context"])) if (text := to_text(literal)) != question]
+    texts = [question, *draw.sample(others, min(number, len(others)))]
     kept = {key: value for key, value in row.items() if key != "choices"} | {"question": " ".join(texts)}
     return kept | as_fields(row["context"], texts, [row["answer"]])
 
@@ -180,7 +149,7 @@ def asked_beside(row: dict[str, Any], has_atoms: bool, number: int, draw: random
 def as_fields(context: str, texts: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
     """One answer to one statement, or a field for each of several, at its last character: as JSON, in one column.
 
-    Statements beyond the answers are asked without one.
+    The first statements have the answers; those beyond are asked without one.
     """
     if len(texts) == 1:
         return {"answer": answers[0], "choices": list(OPTIONS)}
@@ -188,7 +157,7 @@ def as_fields(context: str, texts: Sequence[str], answers: Sequence[str]) -> dic
     for statement in texts:
         text = one_text(text, statement)
         fields.append({"name": statement, "options": list(OPTIONS), "at": len(text) - 1})
-    answer = json.dumps(dict(zip(texts, answers, strict=False)))
+    answer = json.dumps(dict(zip(texts[: len(answers)], answers, strict=True)))
     return {"fields": json.dumps(fields), "answer": answer}
 
 
@@ -207,22 +176,6 @@ def draw_statements(
         if len(chosen) == size:
             break
     return list(chosen.values())
-
-
-def draw_atoms(
-    labelled: Sequence[tuple[Literal, str, int | None]], draw: random.Random
-) -> list[tuple[Literal, str, int | None]]:
-    """All positive statements that rules tell, as many facts and unknown ones, and some that say not."""
-    groups: dict[str, list[tuple[Literal, str, int | None]]] = {"told": [], "fact": [], "unknown": [], "not": []}
-    for entry in labelled:
-        literal, _, depth = entry
-        kind = "not" if not literal.holds else "unknown" if depth is None else "told" if depth else "fact"
-        groups[kind].append(entry)
-    chosen, size = groups["told"], max(FEWEST, len(groups["told"]))
-    for kind in ("fact", "unknown"):
-        chosen += draw.sample(groups[kind], min(size, len(groups[kind])))
-    chosen += draw_statements(groups["not"], draw.randint(0, NEGATED), draw)
-    return draw.sample(chosen, len(chosen))
 
 
 def labels(theory: Theory) -> list[tuple[Literal, str, int | None]]:
