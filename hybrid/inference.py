@@ -300,6 +300,8 @@ def answer_batch(
 
     if isinstance(questions, str):
         raise ValueError(f"questions={questions!r}: expected a list of texts; answer takes one")
+    if empty := [row for row, question in enumerate(questions) if not question.strip()]:
+        raise ValueError(f"question {empty[0]} is empty: ask something; a story alone goes into `context`")
     form = read_schema(schema) if schema is not None else None
     if form is not None and (choices is not None or fields is not None):
         raise ValueError("a schema brings its own fields and options: leave out choices and fields")

@@ -461,7 +461,9 @@ class HybridModel(PreTrainedModel):
         pairs = [pair for fields, row in zip(rows, starts, strict=True) for pair in zip(fields, row, strict=True)]
         if lost := list(dict.fromkeys(field.name for field, start in pairs if start < 0)):
             unfound = ", nor does the text have such names" if self.config.find_names else ""
-            warnings.warn(f"fields {lost[:3]} do not say where they stand (at){unfound}: expect guesses", stacklevel=3)
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            message = f"fields {lost[:3]}{more} do not say where they stand (at){unfound}: expect guesses"
+            warnings.warn(message, stacklevel=3)
         return starts
 
     # -- forward ---------------------------------------------------------------------------------------------------

@@ -180,4 +180,6 @@ def test_head_with_default_fields_answers_them(model, tmp_path):
             again.answer(QUESTIONS[0], fields=wrong)
     with pytest.raises(ValueError, match="expected a list of texts; answer takes one"):
         answer_batch(again, QUESTIONS[0])
+    with pytest.raises(ValueError, match="question 1 is empty: ask something"):
+        answer_batch(again, [QUESTIONS[0], " "], contexts=[None, "A story."])
     assert 'print(model.answer("...").value)' in (tmp_path / "README.md").read_text()

@@ -130,6 +130,8 @@ def test_places_of_fields_stay_with_the_head(backbone, tmp_path):
     assert model.answer(QUESTION, fields=[replace(fields[0], at=2), *fields[1:]]).trace != trace
     with pytest.warns(UserWarning, match=r"fields \['c'\] do not say where they stand"):
         assert model.answer(QUESTION).trace != trace
+    with pytest.warns(UserWarning, match=r"fields \['d', 'e', 'f'\] and 1 more do not say where they stand"):
+        model.answer(QUESTION, fields={name: CHOICES for name in "abdefg"})
     with pytest.raises(ValueError, match="stands at character 5, and the text .* has 3: ask with the context"):
         model.answer("A ?", fields=fields)
 
