@@ -8,7 +8,8 @@ distractors never are. `--harder FILE` writes the questions with more sentences,
 concepts that nobody belongs to: answers stay, that shortcut is gone. `--mixed FILE` writes rows that lead to the rule:
 questions without distractors teach what the answer is once the sentence is found, those with distractors which it is.
 With `--copies` each training row of it comes again with its concepts exchanged at random (wumpuses for yumpuses), so
-that stories are harder to know by heart; with `--words` names and properties, too, by which a story is still known.
+that stories are harder to know by heart. With `--words` its names and properties are exchanged, too: where they stay,
+they tell which story it is.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     if parsed.mixed:
-        kinds = [sorted(CONCEPTS), *(names_and_properties(rows) if parsed.words else [])]
-        written = mixed(rows, parsed.deepest, parsed.rows, parsed.easy, parsed.copies, kinds)
+        more = names_and_properties(rows) if parsed.words else []
+        written = mixed(rows, parsed.deepest, parsed.rows, parsed.easy, parsed.copies, more)
         parsed.mixed.write_text("".join(f"{json.dumps(row)}\n" for row in written))
     rows = [row for row in rows if row["split"] in SPLITS]
     right: dict[tuple[str, int], list[bool]] = defaultdict(list)
@@ -127,7 +128,7 @@ def mixed(
     num_rows: int,
     num_easy: int,
     num_copies: int,
-    kinds: Sequence[Sequence[str]] = (sorted(CONCEPTS),),
+    more: Sequence[Sequence[str]] = (),
 ) -> list[dict[str, Any]]:
     """Training rows with and without distractors; the last hundred of what is taken of a depth are for validation.
 
@@ -138,10 +139,11 @@ def mixed(
         deepest: Hops at most, with distractors.
         num_rows: Training rows of a depth at most, with distractors.
         num_easy: Likewise without, of one hop and of two.
-        num_copies: How often each training row comes, from the second time on with words exchanged.
-        kinds: The words that are exchanged, each for one of its kind.
+        num_copies: How often each training row comes, from the second time on with its concepts exchanged.
+        more: Other kinds of words that are exchanged as well, each for one of its kind.
     """
     found: list[dict[str, Any]] = []
+    kinds = [sorted(CONCEPTS), *more]
     generator, seen, total = random.Random(1), Counter(), Counter((row["split"], row["depth"]) for row in rows)
     for row in rows:
         key, is_easy = (row["split"], row["depth"]), row["split"] == "train_nodistractor"
