@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -374,9 +375,9 @@ def fields_asked(
         fields = [Field(name, options) for name, options in fields.items()]
     if fields is not None:
         if isinstance(fields, str) or (wrong := [field for field in fields if not isinstance(field, Field | str)]):
-            given = fields if isinstance(fields, str) else wrong
+            given = f"fields={fields!r}" if isinstance(fields, str) else f"fields with {reprlib.repr(wrong[0])}"
             raise ValueError(
-                f"fields={given!r}: expected a mapping of names to options, or a list of Field or of names"
+                f"{given}: expected a mapping of names to options, or a list of Field or of names, for all questions"
             )
         common = model.config.options or model.config.choices
         known = {name: (own or {}).get(name, common) for name in fields if isinstance(name, str)}
