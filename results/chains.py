@@ -74,10 +74,16 @@ Desmond Emilio Felix
 """.split()
 PRONOUNS = {"He", "She", "It", "They", "We", "His", "Her", "Their", "Its"}
 SENTENCE_END = re.compile(r"\.\s+")
+WHOLE_SENTENCES = re.compile(r"(?<=\.)\s+")  # what stands between them
 DIRECTIONS = {
     "above": (0, 1), "below": (0, -1), "left": (-1, 0), "right": (1, 0), "overlap": (0, 0),
     "upper-left": (-1, 1), "upper-right": (1, 1), "lower-left": (-1, -1), "lower-right": (1, -1),
 }  # fmt: skip
+FARTHEST = 5  # sentences of a story to train on
+HOW_FAR = [
+    {steps: f"{abs(steps)} {first if steps < 0 else second}" for steps in range(-FARTHEST - 1, FARTHEST + 2)}
+    for first, second in (("left", "right"), ("down", "up"))
+]
 BY_DIRECTION = {direction: name for name, direction in DIRECTIONS.items()}
 
 Row = dict[str, Any]
@@ -96,6 +102,10 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--names", type=Path, help="CLUTRR: a result file of what names alone answer")
     parser.add_argument("--copies", type=int, default=0, help="StepGame: so many of every training story")
+    parser.add_argument("--how_far", action="store_true", help="StepGame: two copies in three ask for distances")
+    parser.add_argument(
+        "--beside", action="store_true", help="StepGame: half of the copies with another story in them"
+    )
     parser.add_argument("--distances", type=Path, help="StepGame: a result file of how many sentences lie between")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
@@ -103,8 +113,10 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"--shuffled, --renamed, --joined, --names: {parsed.data} does not hold CLUTRR")
     if parsed.copies and ("f_comb" in rows[0] or "steps" in rows[0]):
         parser.error(f"--copies: {parsed.data} does not hold StepGame")
+    if (parsed.how_far or parsed.beside) and not parsed.copies:
+        parser.error("--how_far, --beside: say how many --copies of a story there are, of which some are so")
     of_clutrr = partial(clutrr, shuffled=parsed.shuffled, renamed=parsed.renamed, num_joined=parsed.joined)
-    of_stepgame = partial(stepgame, copies=parsed.copies)
+    of_stepgame = partial(stepgame, copies=parsed.copies, how_far=parsed.how_far, is_beside=parsed.beside)
     to_chains = of_clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else of_stepgame
     chains, unknown = to_chains(rows)
     if not parsed.due:
@@ -128,8 +140,18 @@ def without_due(row: Row) -> Row:
 # -- StepGame ------------------------------------------------------------------------------------------------------
 
 
-def stepgame(rows: Sequence[Row], copies: int = 0) -> tuple[list[Row], int]:
-    """Rows with a field for each agent but the one that the answer is relative to; training rows in copies, if any."""
+def stepgame(
+    rows: Sequence[Row], copies: int = 0, how_far: bool = False, is_beside: bool = False
+) -> tuple[list[Row], int]:
+    """Rows with a field for each agent but the one that the answer is relative to; training rows in copies, if any.
+
+    Args:
+        rows: The set as it is.
+        copies: So many of every training row, each with other letters.
+        how_far: Ask a copy in three how far across the agents are, and one how far up.
+        is_beside: Put another training story into every second copy.
+    """
+    stories = [row["context"] for row in rows if row["split"] == "train" and row["depth"] <= FARTHEST]
     says, chains, unknown, generator = patterns(rows), [], 0, random.Random(0)
     for row in rows:
         asked, origin = AGENT.findall(row["question"])
@@ -145,8 +167,14 @@ def stepgame(rows: Sequence[Row], copies: int = 0) -> tuple[list[Row], int]:
                 unknown += 1
         choices = [*row["choices"], "unknown"]
         chain = row | {"fields": others, "answer": answers, "choices": choices, "due": due}
-        is_copied = copies > 0 and row["split"] == "train"
-        chains += [with_letters(chain, generator) for _ in range(copies)] if is_copied else [chain]
+        if not copies or row["split"] != "train":
+            chains.append(chain)
+            continue
+        for copy in range(copies):
+            other = with_letters(chain, generator)
+            if is_beside and copy % 2 and due:
+                other = beside(other, generator.choice(stories), says, generator)
+            chains.append(far(other, says, copy % 3 - 1) if how_far and copy % 3 and due else other)
     return chains, unknown
 
 
@@ -158,18 +186,50 @@ def with_letters(row: Row, generator: random.Random) -> Row:
     return row | by_name | texts | {"fields": [new[name] for name in row["fields"]]}
 
 
+def beside(row: Row, story: str, says: Mapping[str, str], generator: random.Random) -> Row:
+    """The row with the sentences of another story among its own, and its agents, where they are near enough.
+
+    They get letters that the row has not, but that in half of the rows one of them is one of the row's.
+    """
+    (_, origin), own = AGENT.findall(row["question"]), sorted(set(AGENT.findall(row["context"])))
+    agents, free = sorted(set(AGENT.findall(story))), [letter for letter in ascii_uppercase if letter not in own]
+    new = dict(zip(agents, generator.sample(free, len(agents)), strict=True))
+    if generator.random() < 0.5:
+        new[generator.choice(agents)] = generator.choice(own)
+    told = [*WHOLE_SENTENCES.split(row["context"]), *WHOLE_SENTENCES.split(AGENT.sub(lambda m: new[m[0]], story))]
+    context = " ".join(generator.sample(told, len(told)))
+    places = positions(context, origin, says)
+    near = [agent for agent in new.values() if agent not in own and places.get(agent, (0, 0, 9))[2] <= FARTHEST]
+    answers = {agent: BY_DIRECTION[sign(places[agent][0]), sign(places[agent][1])] for agent in near}
+    due = {agent: places[agent][2] for agent in near}
+    return row | {
+        "context": context, "fields": [*row["fields"], *near], "answer": row["answer"] | answers,
+        "due": row["due"] | due, "depth": max([row["depth"], *due.values()]),
+    }  # fmt: skip
+
+
+def far(row: Row, says: Mapping[str, str], axis: int) -> Row:
+    """The row asked how far its agents are, across (0) or up (1)."""
+    _, origin = AGENT.findall(row["question"])
+    places, words = positions(row["context"], origin, says), HOW_FAR[axis]
+    answers = {agent: words[places[agent][axis]] for agent in row["fields"]}
+    return row | {"answer": answers, "choices": [*words.values(), "unknown"]}
+
+
 def distances(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """How many sentences lead from one agent asked about to the other, for stories of each length.
 
     Questions whose agents the sentences do not connect, or some of whose words no story of one hop has, are `None`.
+    `follows` counts those whose answer in the file is what the sentences say, by the words of stories of one hop.
     """
-    says, found = patterns(rows), defaultdict(Counter)
+    says, found, follows = patterns(rows), defaultdict(Counter), Counter()
     for row in rows:
-        asked, origin = AGENT.findall(row["question"])
-        places = positions(row["context"], origin, says)
-        found[row["split"], row["depth"]][str(places[asked][2]) if asked in places else "None"] += 1
+        key, (asked, origin) = (row["split"], row["depth"]), AGENT.findall(row["question"])
+        x, y, distance = positions(row["context"], origin, says).get(asked, (0, 0, None))
+        found[key][str(distance)] += 1
+        follows[key] += distance is not None and BY_DIRECTION[sign(x), sign(y)] == row["answer"]
     return [
-        {"split": split, "depth": depth, "sentences": dict(sorted(counts.items()))}
+        {"split": split, "depth": depth, "follows": follows[split, depth], "sentences": dict(sorted(counts.items()))}
         for (split, depth), counts in sorted(found.items())
     ]
 

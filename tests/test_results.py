@@ -8,7 +8,7 @@ import re
 import sys
 from collections import Counter
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 import ablations
 import chains
 import counts
+import knights
 import prontoqa_shortcut
 import puzzles
 import render
@@ -114,6 +115,7 @@ def test_agents_between_are_fields_that_are_due_after_so_many_sentences():
     ]
     [one, two, valid] = chains.distances(told)
     assert (one["depth"], one["sentences"], two["sentences"]) == (1, {"1": 2}, {"2": 2})
+    assert (one["follows"], two["follows"]) == (2, 1)
     assert (valid["split"], valid["sentences"]) == ("valid", {"2": 1})
     (*_, two, wrong, valid), unknown = chains.stepgame(told)
     assert unknown == 1 and wrong["answer"] == {"Z": "right"} and wrong["due"] == {}
@@ -127,6 +129,19 @@ def test_agents_between_are_fields_that_are_due_after_so_many_sentences():
         places = chains.positions(row["context"], origin, chains.patterns(told))
         assert places[asked] == (-1, 1, 2) and list(row["answer"].values()) == ["upper-left", "above"]
         assert list(row["answer"]) == list(row["due"]) == row["fields"] and row["fields"][0] == asked
+    far, _ = chains.stepgame(told, copies=6, how_far=True)
+    where, across, up, again = far[2 * 6 : 2 * 6 + 4]
+    assert [list(row["answer"].values()) for row in (where, across, up)] == [
+        ["upper-left", "above"], ["1 left", "0 right"], ["1 up", "1 up"]
+    ]  # fmt: skip
+    assert set(across["answer"].values()) <= set(across["choices"]) and again["choices"] == where["choices"]
+    assert all(row["choices"] == where["choices"] for row in far[3 * 6 :])  # wrong, or for validation: where they are
+    beside, _ = chains.stepgame(told, copies=2, is_beside=True)
+    alone, mixed = beside[2 * 2 : 2 * 2 + 2]
+    says, sentences = chains.patterns(told), mixed["context"].split(". ")
+    assert alone["context"].count(". ") == 1 and len(sentences) > 2 and beside[-1] == valid
+    _, origin = chains.AGENT.findall(mixed["question"])
+    assert chains.positions(mixed["context"], origin, says).keys() == {*mixed["fields"], origin}
 
 
 def told(split: str, context: str, asked: str, link: str, answer: str) -> dict[str, Any]:
@@ -243,6 +258,50 @@ def test_generated_puzzles_are_written_with_published_ones(tmp_path):
         run_config([config, "--data.path", out, "--data.max_train_examples", "99"], "train")[0].data, "train"
     )
     assert [(row.fields, row.answers) for row in again[:5]] == [(row.fields, row.answers) for row in generated]
+
+
+def test_a_puzzle_has_the_one_solution_that_its_words_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(knights, "GROUPS", dict.fromkeys(knights.GROUPS, (2, 20)))
+    published = [
+        {"id": f"{split}-{size}-{number}", "split": split, "depth": size, "context": "", "question": "Who?",
+         "fields": [], "answer": dict.fromkeys("Ann Bo Cy Di Ed Flo Gus Hal".split()[:size], "knight")}
+        for split, size, number in product(("train", "test"), (2, 6, 8), range(10))
+    ]  # fmt: skip
+    (tmp_path / "published.jsonl").write_text("".join(json.dumps(row) + "\n" for row in published))
+    out = str(tmp_path / "rows.jsonl")
+    knights.main([str(tmp_path / "published.jsonl"), "--output", out])
+    rows = [json.loads(line) for line in Path(out).read_text().splitlines()]
+    found = Counter((row["split"], row["depth"], row["id"].startswith("generated")) for row in rows)
+    assert found["test", 8, False] == 10 and found["valid", 8, False] == 1 and found["train", 8, False] == 0
+    assert found["train", 2, False] == 9 and found["train", 6, True] == 40
+
+    atom = r"(\w+) is (not )?a (knight|knave)"
+    told = re.compile(rf"([Ii]f )?{atom}(?:( if and only if | and | or | then ){atom})?")
+    joins = {
+        " and ": min,
+        " or ": max,
+        " then ": lambda a, b: b if a else True,
+        " if and only if ": lambda a, b: a == b,
+    }
+    for row in [row for row in rows if row["id"].startswith("generated")]:
+        listed, told_of_them = row["context"].split("inhabitants: ")[1].split(". ", 1)
+        people, sentences = re.findall(r"[A-Z]\w+", listed), re.findall(r'\S.*?\.["]?(?=\s|$)', told_of_them)
+        facts = dict(match.groups() for each in sentences if (match := re.fullmatch(r"(\w+) is a (\w+)\.", each)))
+        assert facts.keys().isdisjoint(row["answer"]) and {*facts, *row["answer"]} == set(people)
+        assert row["depth"] == len(row["answer"]) and len(sentences) == len(people) + len(facts)
+        fitting = []
+        for kinds in product((True, False), repeat=len(people)):
+            is_knight = dict(zip(people, kinds, strict=True))
+            fits = [is_knight[name] == (kind == "knight") for name, kind in facts.items()]
+            for statement in sentences[: len(people)]:
+                [(_, first, no, kind, join, second, also_no, other)] = told.findall(statement)
+                [speaker] = set(re.findall(r"[A-Z]\w+", told.sub("", statement))) & set(people)
+                truths = [(is_knight[first] == (kind == "knight")) != bool(no)]
+                if join:
+                    truths.append((is_knight[second] == (other == "knight")) != bool(also_no))
+                fits.append(is_knight[speaker] == (joins[join](*truths) if join else truths[0]))
+            fitting += [{name: "knight" if is_knight[name] else "knave" for name in row["answer"]}] * all(fits)
+        assert fitting == [row["answer"]]
 
 
 def test_passages_are_told_in_any_order(monkeypatch):
