@@ -1,7 +1,7 @@
 """What each part of a head is worth: a small head (2.0M), one change at a time, three seeds.
 
     python results/ablations.py mini_sudoku                                        # 57 runs; 30 took 2.6 hours
-    python results/ablations.py stepgame --data.path ../shared/data/stepgame_clean.jsonl
+    python results/ablations.py stepgame --data.path runs/stepgame_chains.jsonl    # rows: stepgame_chains_smollm2.yaml
     python results/ablations.py mini_sudoku --seeds 0,2                            # part of it
     python results/ablations.py mini_sudoku --table
 
@@ -37,35 +37,37 @@ FOLDER, CONFIGS = Path(__file__).parent / "ablations", Path(__file__).parent.par
 SMALL = ["--backbone.template", "plain", "--backbone.layers", "[0, 12]", "--reasoner.dim", "256",
          "--reasoner.num_heads", "4", "--reasoner.intermediate_size", "640", "--reasoner.halting", "never",
          "--training.learning_rate", "1e-3", "--training.ema_decay", "0.99"]  # fmt: skip
-BASES = {
-    "mini_sudoku": ["--data.places", "true", "--data.max_eval_examples", "500", "--reasoner.refine_memory", "false",
-                    "--training.num_updates", "400"],
-    "stepgame": ["--training.num_updates", "600", "--training.recursion_schedule", "[]",
-                 "--data.train_depths", "[1, 2]",
-                 "--training.curriculum", "null", "--data.valid_split", "valid[:500]"],
+BASES = {  # configuration, and what is changed in it
+    "mini_sudoku": ["mini_sudoku", *SMALL, "--data.places", "true", "--data.max_eval_examples", "500",
+                    "--reasoner.refine_memory", "false", "--training.num_updates", "400"],
+    "stepgame": ["stepgame_chains", "--training.num_updates", "2000", "--training.recursion_schedule",
+                 '[{"start": 0, "max_steps": 1}, {"start": 1500}]'],
 }  # fmt: skip
 BASELINES = {"one_pass": one_pass, "deep": deep, "tokens": without_backbone}
+CYCLES = "1 step of 4 cycles, gradient through"
 SHARED: dict[str, list[str]] = {
-    "base: n = 1, T = 1, 4 steps": [],
     "one pass, 2 layers": ["one_pass"],
     "one pass, 16 untied layers": ["deep"],
-    "1 step": ["--reasoner.max_steps", "1"],
-    "1 step of 4 cycles, gradient through all (no deep supervision)": [
-        "--reasoner.max_steps", "1", "--reasoner.num_cycles", "4", "--reasoner.num_gradient_cycles", "4"
-    ],
-    "1 step of 4 cycles, gradient through the last": ["--reasoner.max_steps", "1", "--reasoner.num_cycles", "4"],
-    "2 cycles a step, gradient through the last": ["--reasoner.num_cycles", "2"],
-    "2 cycles a step, gradient through both": ["--reasoner.num_cycles", "2", "--reasoner.num_gradient_cycles", "2"],
     "n = 3": ["--reasoner.num_latent_passes", "3"],
     "a network each for z and y": ["--reasoner.tie_levels", "false"],
     "halting learned": ["--reasoner.halting", "learned"],
     "no tape slots": ["--reasoner.num_tape_slots", "0"],
-    "no rotary positions": ["--reasoner.rotary", "false"],
     "AdamW": ["--training.optimizer", "adamw"],
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "mini_sudoku": {
+        "base: n = 1, T = 1, 4 steps": [],
         **SHARED,
+        "1 step": ["--reasoner.max_steps", "1"],
+        f"{CYCLES} all (no deep supervision)": [
+            "--reasoner.max_steps", "1", "--reasoner.num_cycles", "4", "--reasoner.num_gradient_cycles", "4"
+        ],
+        f"{CYCLES} the last": ["--reasoner.max_steps", "1", "--reasoner.num_cycles", "4"],
+        "2 cycles a step, gradient through the last": ["--reasoner.num_cycles", "2"],
+        "2 cycles a step, gradient through both": [
+            "--reasoner.num_cycles", "2", "--reasoner.num_gradient_cycles", "2"
+        ],
+        "no rotary positions": ["--reasoner.rotary", "false"],
         "base, 900 updates": ["--training.num_updates", "900"],
         "base, 1,700 updates": ["--training.num_updates", "1700"],
         "fields look for their cells": ["--data.places", "false"],
@@ -73,12 +75,24 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "no language model": ["--backbone.layers", "[0]"],
     },
     "stepgame": {
+        "base: n = 1, T = 1, 1 step, then 4": [],
         **SHARED,
+        "4 steps from the start": ["--training.recursion_schedule", "[]"],
+        "1 step": ["--training.recursion_schedule", "[]", "--reasoner.max_steps", "1"],
+        f"{CYCLES} all (no deep supervision)": [
+            "--training.recursion_schedule", "[]", "--reasoner.max_steps", "1", "--reasoner.num_cycles", "4",
+            "--reasoner.num_gradient_cycles", "4"
+        ],
+        f"{CYCLES} the last": [
+            "--training.recursion_schedule", "[]", "--reasoner.max_steps", "1", "--reasoner.num_cycles", "4"
+        ],
+        "rotary positions": ["--reasoner.rotary", "true"],
         "memory read only": ["--reasoner.refine_memory", "false"],
-        "echo template": ["--backbone.template", "echo"],
-        "no language model": ["tokens"],
+        "all depths from the start": ["--training.curriculum", "null"],
+        "states as they are, not whitened": ["--adapter.whiten", "false"],
+        "token embeddings alone": ["--backbone.layers", "[0]"],
     },
-}
+}  # fmt: skip
 STEPS = 1, 2, 4, 8, 16
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95% quantiles of Student's t, by number of seeds
 
@@ -139,7 +153,8 @@ def run_of(task: str, seed: int, flags: Sequence[str], changes: Sequence[str]) -
     """The run of one variant."""
     baseline = BASELINES.get(changes[0]) if changes else None
     own = ["--training.seed", str(seed), *flags, *([] if baseline else changes)]
-    config = run_config([str(CONFIGS / f"{task}_smollm2.yaml"), *SMALL, *BASES[task], *own], "train")[0]
+    config_name, *base = BASES[task]
+    config = run_config([str(CONFIGS / f"{config_name}_smollm2.yaml"), *base, *own], "train")[0]
     config.training.eval_every = config.training.save_every = config.training.num_updates
     return baseline(config) if baseline else config
 
