@@ -36,6 +36,7 @@ from prontoqa_shortcut import SENTENCE, belongs_to, facts, singular
 
 from hybrid.backbone import one_text
 from hybrid.evaluation import accuracy_row, provenance, write_results
+from hybrid.model import HybridModel
 
 AGENT = re.compile(r"\b[A-Z]\b")
 NAME = re.compile(r"\b[A-Z][a-z]+\b")
@@ -107,6 +108,8 @@ def main(arguments: Sequence[str]) -> None:
         "--beside", action="store_true", help="StepGame: half of the copies with another story in them"
     )
     parser.add_argument("--distances", type=Path, help="StepGame: a result file of how many sentences lie between")
+    parser.add_argument("--head", help="StepGame: a head, to be asked stories of five and of ten sentences")
+    parser.add_argument("--by_distance", type=Path, help="StepGame: a result file of what that head answers")
     parsed = parser.parse_args(arguments)
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     if (parsed.shuffled or parsed.renamed or parsed.joined or parsed.names) and "f_comb" not in rows[0]:
@@ -115,6 +118,8 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"--copies: {parsed.data} does not hold StepGame")
     if (parsed.how_far or parsed.beside) and not parsed.copies:
         parser.error("--how_far, --beside: say how many --copies of a story there are, of which some are so")
+    if (parsed.head is None) != (parsed.by_distance is None):
+        parser.error("--head and --by_distance go together: a head, and the file for what it answers")
     of_clutrr = partial(clutrr, shuffled=parsed.shuffled, renamed=parsed.renamed, num_joined=parsed.joined)
     of_stepgame = partial(stepgame, copies=parsed.copies, how_far=parsed.how_far, is_beside=parsed.beside)
     to_chains = of_clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else of_stepgame
@@ -126,6 +131,9 @@ def main(arguments: Sequence[str]) -> None:
     command = shlex.join(["python", "results/chains.py", *arguments])
     if parsed.distances:
         write_results(parsed.distances, {"distances": distances(rows), **provenance(command, seed=0)})
+    if parsed.by_distance:
+        found = by_distance(HybridModel.from_pretrained(parsed.head), rows, chains)
+        write_results(parsed.by_distance, {"by_distance": found, **provenance(command, seed=0)})
     if parsed.names:
         write_results(parsed.names, {**by_names(rows), **provenance(command, seed=0)})
     print(f"{len(chains)} rows, {unknown} training rows of them without the answers on the way")
@@ -231,6 +239,26 @@ def distances(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {"split": split, "depth": depth, "follows": follows[split, depth], "sentences": dict(sorted(counts.items()))}
         for (split, depth), counts in sorted(found.items())
+    ]
+
+
+def by_distance(
+    model: HybridModel, rows: Sequence[Row], chains: Sequence[Row], number: int = 300
+) -> list[dict[str, Any]]:
+    """What a head answers of validation stories of five and of ten sentences, by how many lie between the agents."""
+    says, right = patterns(rows), defaultdict(list)
+    held = [row for row in chains if row["split"] == "valid"]
+    for depth in (5, 10):
+        for row in [row for row in held if row["depth"] == depth][:number]:
+            asked, origin = AGENT.findall(row["question"])
+            fields = {name: [choice for choice in row["choices"] if choice != "unknown"] for name in row["fields"]}
+            value = model.answer(row["question"], context=row["context"], fields=fields).value
+            distance = positions(row["context"], origin, says).get(asked, (0, 0, 0))[2]
+            right[depth, distance].append((value[asked] if len(fields) > 1 else value) == row["answer"][asked])
+    return [
+        {"depth": depth, "sentences": distance, **accuracy_row(torch.tensor(hits))}
+        for (depth, distance), hits in sorted(right.items())
+        if distance
     ]
 
 

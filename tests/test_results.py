@@ -122,6 +122,11 @@ def test_agents_between_are_fields_that_are_due_after_so_many_sentences():
     assert two["fields"] == ["Z", "X"] and two["answer"] == {"Z": "upper-left", "X": "above"}
     assert two["due"] == {"Z": 2, "X": 1} and two["choices"][-1] == "unknown"
     assert valid["fields"] == ["Y", "X"] and valid["answer"] == {"Y": "lower-right"} and valid["due"] == {}
+    answers = SimpleNamespace(
+        answer=lambda *_, fields, **__: SimpleNamespace(value=dict.fromkeys(fields, "lower-right"))
+    )
+    [asked] = chains.by_distance(answers, told, [valid | {"depth": 5}])
+    assert (asked["depth"], asked["sentences"], asked["n"], asked["accuracy"]) == (5, 2, 1, 1.0)
     copied, _ = chains.stepgame(told, copies=3)
     assert len(copied) == 4 * 3 + 1 and copied[-1] == valid and len({row["context"] for row in copied[6:9]}) == 3
     for row in copied[6:9]:  # other letters, the same story
