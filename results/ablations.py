@@ -41,7 +41,7 @@ BASES = {  # configuration, and what is changed in it
     "mini_sudoku": ["mini_sudoku", *SMALL, "--data.places", "true", "--data.max_eval_examples", "500",
                     "--reasoner.refine_memory", "false", "--training.num_updates", "400"],
     "stepgame": ["stepgame_chains", "--training.num_updates", "2000", "--training.recursion_schedule",
-                 '[{"start": 0, "max_steps": 1}, {"start": 1500}]'],
+                 '[{"start": 0, "max_steps": 1}, {"start": 1250}]'],
 }  # fmt: skip
 BASELINES = {"one_pass": one_pass, "deep": deep, "tokens": without_backbone}
 CYCLES = "1 step of 4 cycles, gradient through"
