@@ -1,6 +1,7 @@
 """StepGame, CLUTRR and PrOntoQA with what lies on the way to an answer as fields, which stand in the text.
 
-    python results/chains.py ../shared/data/stepgame_clean.jsonl --output runs/stepgame_chains.jsonl
+    python results/chains.py ../shared/data/stepgame_clean.jsonl --output runs/stepgame_chains.jsonl \\
+        --copies 4 --beside
     python results/chains.py ../shared/data/clutrr_089907f8.jsonl --output runs/clutrr_chains.jsonl
     python results/chains.py ../shared/data/prontoqa.jsonl --output runs/prontoqa_chains.jsonl
 
@@ -80,11 +81,7 @@ DIRECTIONS = {
     "above": (0, 1), "below": (0, -1), "left": (-1, 0), "right": (1, 0), "overlap": (0, 0),
     "upper-left": (-1, 1), "upper-right": (1, 1), "lower-left": (-1, -1), "lower-right": (1, -1),
 }  # fmt: skip
-FARTHEST = 5  # sentences of a story to train on
-HOW_FAR = [
-    {steps: f"{abs(steps)} {first if steps < 0 else second}" for steps in range(-FARTHEST - 1, FARTHEST + 2)}
-    for first, second in (("left", "right"), ("down", "up"))
-]
+FARTHEST = 5  # sentences from which an answer may follow in training
 BY_DIRECTION = {direction: name for name, direction in DIRECTIONS.items()}
 
 Row = dict[str, Any]
@@ -103,7 +100,6 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--names", type=Path, help="CLUTRR: a result file of what names alone answer")
     parser.add_argument("--copies", type=int, default=0, help="StepGame: so many of every training story")
-    parser.add_argument("--how_far", action="store_true", help="StepGame: two copies in three ask for distances")
     parser.add_argument(
         "--beside", action="store_true", help="StepGame: half of the copies with another story in them"
     )
@@ -114,14 +110,14 @@ def main(arguments: Sequence[str]) -> None:
     rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
     if (parsed.shuffled or parsed.renamed or parsed.joined or parsed.names) and "f_comb" not in rows[0]:
         parser.error(f"--shuffled, --renamed, --joined, --names: {parsed.data} does not hold CLUTRR")
-    if parsed.copies and ("f_comb" in rows[0] or "steps" in rows[0]):
-        parser.error(f"--copies: {parsed.data} does not hold StepGame")
-    if (parsed.how_far or parsed.beside) and not parsed.copies:
-        parser.error("--how_far, --beside: say how many --copies of a story there are, of which some are so")
+    if (parsed.copies or parsed.distances or parsed.by_distance) and ("f_comb" in rows[0] or "steps" in rows[0]):
+        parser.error(f"--copies, --distances, --by_distance: {parsed.data} does not hold StepGame")
+    if parsed.beside and parsed.copies < 2:
+        parser.error("--beside: every second copy has another story: give --copies, at least 2")
     if (parsed.head is None) != (parsed.by_distance is None):
         parser.error("--head and --by_distance go together: a head, and the file for what it answers")
     of_clutrr = partial(clutrr, shuffled=parsed.shuffled, renamed=parsed.renamed, num_joined=parsed.joined)
-    of_stepgame = partial(stepgame, copies=parsed.copies, how_far=parsed.how_far, is_beside=parsed.beside)
+    of_stepgame = partial(stepgame, copies=parsed.copies, add_stories=parsed.beside)
     to_chains = of_clutrr if "f_comb" in rows[0] else prontoqa if "steps" in rows[0] else of_stepgame
     chains, unknown = to_chains(rows)
     if not parsed.due:
@@ -148,16 +144,13 @@ def without_due(row: Row) -> Row:
 # -- StepGame ------------------------------------------------------------------------------------------------------
 
 
-def stepgame(
-    rows: Sequence[Row], copies: int = 0, how_far: bool = False, is_beside: bool = False
-) -> tuple[list[Row], int]:
+def stepgame(rows: Sequence[Row], copies: int = 0, add_stories: bool = False) -> tuple[list[Row], int]:
     """Rows with a field for each agent but the one that the answer is relative to; training rows in copies, if any.
 
     Args:
         rows: The set as it is.
         copies: So many of every training row, each with other letters.
-        how_far: Ask a copy in three how far across the agents are, and one how far up.
-        is_beside: Put another training story into every second copy.
+        add_stories: Put another training story into every second copy.
     """
     stories = [row["context"] for row in rows if row["split"] == "train" and row["depth"] <= FARTHEST]
     says, chains, unknown, generator = patterns(rows), [], 0, random.Random(0)
@@ -179,10 +172,9 @@ def stepgame(
             chains.append(chain)
             continue
         for copy in range(copies):
-            other = with_letters(chain, generator)
-            if is_beside and copy % 2 and due:
-                other = beside(other, generator.choice(stories), says, generator)
-            chains.append(far(other, says, copy % 3 - 1) if how_far and copy % 3 and due else other)
+            copied = with_letters(chain, generator)
+            is_mixed = add_stories and copy % 2 and due
+            chains.append(beside(copied, generator.choice(stories), says, generator) if is_mixed else copied)
     return chains, unknown
 
 
@@ -207,21 +199,14 @@ def beside(row: Row, story: str, says: Mapping[str, str], generator: random.Rand
     told = [*WHOLE_SENTENCES.split(row["context"]), *WHOLE_SENTENCES.split(AGENT.sub(lambda m: new[m[0]], story))]
     context = " ".join(generator.sample(told, len(told)))
     places = positions(context, origin, says)
-    near = [agent for agent in new.values() if agent not in own and places.get(agent, (0, 0, 9))[2] <= FARTHEST]
+    others = [agent for agent in new.values() if agent not in own and agent in places]
+    near = [agent for agent in others if places[agent][2] <= FARTHEST]
     answers = {agent: BY_DIRECTION[sign(places[agent][0]), sign(places[agent][1])] for agent in near}
     due = {agent: places[agent][2] for agent in near}
     return row | {
         "context": context, "fields": [*row["fields"], *near], "answer": row["answer"] | answers,
         "due": row["due"] | due, "depth": max([row["depth"], *due.values()]),
     }  # fmt: skip
-
-
-def far(row: Row, says: Mapping[str, str], axis: int) -> Row:
-    """The row asked how far its agents are, across (0) or up (1)."""
-    _, origin = AGENT.findall(row["question"])
-    places, words = positions(row["context"], origin, says), HOW_FAR[axis]
-    answers = {agent: words[places[agent][axis]] for agent in row["fields"]}
-    return row | {"answer": answers, "choices": [*words.values(), "unknown"]}
 
 
 def distances(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -245,7 +230,10 @@ def distances(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def by_distance(
     model: HybridModel, rows: Sequence[Row], chains: Sequence[Row], number: int = 300
 ) -> list[dict[str, Any]]:
-    """What a head answers of validation stories of five and of ten sentences, by how many lie between the agents."""
+    """What a head answers of validation stories of five and of ten sentences, by how many lie between the agents.
+
+    Questions whose agents the sentences do not connect are left out.
+    """
     says, right = patterns(rows), defaultdict(list)
     held = [row for row in chains if row["split"] == "valid"]
     for depth in (5, 10):
@@ -253,12 +241,11 @@ def by_distance(
             asked, origin = AGENT.findall(row["question"])
             fields = {name: [choice for choice in row["choices"] if choice != "unknown"] for name in row["fields"]}
             value = model.answer(row["question"], context=row["context"], fields=fields).value
-            distance = positions(row["context"], origin, says).get(asked, (0, 0, 0))[2]
-            right[depth, distance].append((value[asked] if len(fields) > 1 else value) == row["answer"][asked])
+            if (place := positions(row["context"], origin, says).get(asked)) is not None:
+                right[depth, place[2]].append((value[asked] if len(fields) > 1 else value) == row["answer"][asked])
     return [
         {"depth": depth, "sentences": distance, **accuracy_row(torch.tensor(hits))}
         for (depth, distance), hits in sorted(right.items())
-        if distance
     ]
 
 
