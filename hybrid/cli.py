@@ -188,6 +188,7 @@ def command_eval(arguments: Sequence[str]) -> None:
     from hybrid.baselines import check_zero_shot, linear_probe, mlp_probe, zero_shot
     from hybrid.batches import embed_examples
     from hybrid.data import load_examples
+    from hybrid.decoder import is_unnamed
     from hybrid.evaluation import (
         accuracy_lines,
         evaluate_head,
@@ -217,6 +218,12 @@ def command_eval(arguments: Sequence[str]) -> None:
     roles = {role, "train"} if set(baselines) & set(probes) else {role}
     examples = {name: load_examples(config.data, name) for name in roles}
     model = HybridModel.from_pretrained(folder)
+    if model.config.asks_by_name and any(is_unnamed(example.fields) for example in examples[role]):
+        warnings.warn(
+            "some questions name no fields, and this head always was asked for fields by their names: expect guesses; "
+            "give rows with `fields`, all that its training rows would have",
+            stacklevel=2,
+        )
     if "zero_shot" in baselines:
         check_zero_shot(model.backbone)
     embedded = embed_examples(config.features, model.backbone, examples)

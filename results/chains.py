@@ -1,20 +1,23 @@
 """StepGame, CLUTRR and PrOntoQA with what lies on the way to an answer as fields, which stand in the text.
 
-    python results/chains.py ../shared/data/stepgame_clean.jsonl --output runs/stepgame_chains.jsonl \\
-        --copies 4 --beside
+    python results/chains.py ../shared/data/stepgame_clean.jsonl --output runs/stepgame_chains.jsonl
     python results/chains.py ../shared/data/clutrr_089907f8.jsonl --output runs/clutrr_chains.jsonl
     python results/chains.py ../shared/data/prontoqa.jsonl --output runs/prontoqa_chains.jsonl
 
 Stories: how is each person related to the one asked about last? The answers of the people between follow from the
 training rows alone: what one sentence says, in StepGame, is what it says in a story of one hop; how two relations
-compose, in CLUTRR, is how they do in a story of two. PrOntoQA: which concepts does the subject belong to?
-Training rows carry these answers, and those of CLUTRR that are held out for validation. In the others the fields are
-asked, too, and the answer to the question alone counts. With `--due` an answer that lies two sentences away is asked
-for from the second refinement step on, and so forth, and is `unknown` before. With `--shuffled` some stories of CLUTRR
-are made of three, and all passages of joined stories are told in any order, as in its test stories. With `--renamed`
-every training story of CLUTRR has names drawn for it: its few families recur, so that who is asked about tells the
-answer of nine in ten questions of two and three hops, and what the story says need not be read. With `--copies` every
-training story of StepGame comes so often, each time with other letters for its agents.
+compose, in CLUTRR, is how they do in a story of two. PrOntoQA: which concepts does the subject belong to? Training
+rows carry these answers, and those of CLUTRR that are held out for validation. In the others the fields are asked,
+too, and the answer to the question alone counts. With `--due` an answer that lies two sentences away is asked for
+from the second refinement step on, and so forth, and is `unknown` before. With `--shuffled` some stories of CLUTRR
+are made of three, and all passages of joined stories are told in any order, as in its test stories. With
+`--renamed` every training story of CLUTRR has names drawn for it: its few families recur, so that who is asked
+about tells the answer of nine in ten questions of two and three hops, and what the story says need not be read.
+With `--copies` every training story of StepGame comes so often, each time with other letters for its agents; with
+`--beside` every second copy has the sentences of another training story among its own, and half of these are about
+one of its agents, too: what is asked follows from five sentences at most, and has to be found among ten (the rows
+of `configs/stepgame_chains_smollm2.yaml` are those of `--copies 4 --beside`). `--head` and `--by_distance` ask a
+head validation stories of five and of ten sentences.
 """
 
 from __future__ import annotations

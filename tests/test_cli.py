@@ -205,6 +205,11 @@ def test_eval_of_a_released_head_on_a_file_of_ones_own(config_file, tmp_path, ca
     assert "all depths by steps: 1: " in capsys.readouterr().out
     assert json.loads(Path("best_results.json").read_text())["accuracy_by_depth"][-1]["n"] == 3
     assert not (head / "results.json").exists() and (head / "README.md").read_text() == card
+    config = json.loads((head / "config.json").read_text())
+    config |= {"options": config["choices"], "choices": None}  # as of a head whose questions named their fields
+    (head / "config.json").write_text(json.dumps(config))
+    with pytest.warns(match="some questions name no fields, and this head always was asked for fields by their names"):
+        main(["eval", str(head), "--data", "mine.jsonl", "--steps", "1"])
 
 
 def test_head_without_text_decoder_says_so(head, capsys):
