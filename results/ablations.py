@@ -24,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid.baselines import deep, one_pass, without_backbone
+from rows import read_rows
+
+from hybrid.baselines import deep, one_pass
 from hybrid.batches import embed_examples
 from hybrid.cli import run_config
 from hybrid.config import RunConfig
@@ -43,7 +45,7 @@ BASES = {  # configuration, and what is changed in it
     "stepgame": ["stepgame_chains", "--training.num_updates", "2000", "--training.recursion_schedule",
                  '[{"start": 0, "max_steps": 1}, {"start": 1250}]'],
 }  # fmt: skip
-BASELINES = {"one_pass": one_pass, "deep": deep, "tokens": without_backbone}
+BASELINES = {"one_pass": one_pass, "deep": deep}
 CYCLES = "1 step of 4 cycles, gradient through"
 SHARED: dict[str, list[str]] = {
     "one pass, 2 layers": ["one_pass"],
@@ -161,7 +163,7 @@ def run_of(task: str, seed: int, flags: Sequence[str], changes: Sequence[str]) -
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_rows(path) if path.exists() else []
 
 
 def table(runs: Sequence[dict[str, Any]], task: str) -> str:

@@ -23,7 +23,6 @@ head validation stories of five and of ten sentences.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import shlex
@@ -37,6 +36,7 @@ from typing import Any
 
 import torch
 from prontoqa_shortcut import SENTENCE, belongs_to, facts, singular
+from rows import read_rows, write_rows
 
 from hybrid.backbone import one_text
 from hybrid.evaluation import accuracy_row, provenance, write_results
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--head", help="StepGame: a head, to be asked stories of five and of ten sentences")
     parser.add_argument("--by_distance", type=Path, help="StepGame: a result file of what that head answers")
     parsed = parser.parse_args(arguments)
-    rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
+    rows = read_rows(parsed.data)
     if (parsed.shuffled or parsed.renamed or parsed.joined or parsed.names) and "f_comb" not in rows[0]:
         parser.error(f"--shuffled, --renamed, --joined, --names: {parsed.data} does not hold CLUTRR")
     if (parsed.copies or parsed.distances or parsed.by_distance) and ("f_comb" in rows[0] or "steps" in rows[0]):
@@ -125,8 +125,7 @@ def main(arguments: Sequence[str]) -> None:
     chains, unknown = to_chains(rows)
     if not parsed.due:
         chains = [without_due(row) for row in chains]
-    parsed.output.parent.mkdir(parents=True, exist_ok=True)
-    parsed.output.write_text("".join(json.dumps(row) + "\n" for row in chains))
+    write_rows(parsed.output, chains)
     command = shlex.join(["python", "results/chains.py", *arguments])
     if parsed.distances:
         write_results(parsed.distances, {"distances": distances(rows), **provenance(command, seed=0)})

@@ -10,7 +10,6 @@ polarity of the statement alone answer, of those that `results/theories.py` keep
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rows import read_rows
 from stories import in_other_words
 from theories import with_statements
 
@@ -34,10 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parsed = parser.parse_args(arguments)
     names = {"stepgame": "stepgame_clean", "babi": "babi_en", "proofwriter": "proofwriter_d5"}
-    sets = {
-        name: [json.loads(line) for line in (parsed.data / f"{file}.jsonl").read_text().splitlines()]
-        for name, file in names.items()
-    }
+    sets = {name: read_rows(parsed.data / f"{file}.jsonl") for name, file in names.items()}
     held_out = [row for row in with_statements(sets["proofwriter"], copies=0, most=0) if row["split"] == "valid"]
     counts = {
         "sentences": {name: len(distinct(rows)) for name, rows in sets.items()},

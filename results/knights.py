@@ -14,7 +14,6 @@ stay as they are.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -22,6 +21,8 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from rows import read_rows, write_rows
 
 GROUPS = {2: (3000, 20), 3: (1500, 40), 4: (600, 60), 5: (300, 120), 6: (300, 120)}  # people: groups, puzzles of one
 KINDS = "knight", "knave"
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--statements", type=int, default=6, help="statements that a person of a group makes")
     parsed = parser.parse_args(arguments)
-    published = [json.loads(line) for line in parsed.data.read_text().splitlines()]
+    published = read_rows(parsed.data)
     names = sorted({name for row in published if row["split"] == "train" for name in row["answer"]})
     rows, generator, choices = [], random.Random(0), random.Random(1)
     for size, (num_groups, num_puzzles) in GROUPS.items():
@@ -136,8 +137,7 @@ def main(arguments: Sequence[str]) -> None:
                 rows.append(row | {"split": "valid"})
             elif row["depth"] in GROUPS:
                 rows.append(row)
-    parsed.output.parent.mkdir(parents=True, exist_ok=True)
-    parsed.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(parsed.output, rows)
     said = {s for row in rows for s in re.split(r'(?<=[.])\s+|(?<=[.]")\s+', row["context"])}
     print(f"{len(rows)} rows, {len(said)} different sentences")
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import read_rows, write_rows
 
 from hybrid.evaluation import accuracy_row, provenance, write_results
 
@@ -54,11 +55,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--copies", type=int, default=1, help="of --mixed: how often each training row comes")
     parser.add_argument("--words", action="store_true", help="of --copies: exchange names and properties as well")
     parsed = parser.parse_args(arguments)
-    rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
+    rows = read_rows(parsed.data)
     if parsed.mixed:
         more = names_and_properties(rows) if parsed.words else []
         written = mixed(rows, parsed.deepest, parsed.rows, parsed.easy, parsed.copies, more)
-        parsed.mixed.write_text("".join(f"{json.dumps(row)}\n" for row in written))
+        write_rows(parsed.mixed, written)
     rows = [row for row in rows if row["split"] in SPLITS]
     right: dict[tuple[str, int], list[bool]] = defaultdict(list)
     for row in rows:
@@ -72,10 +73,9 @@ def main(arguments: Sequence[str]) -> None:
     write_results(parsed.output, {"rule": accuracy, **provenance(command, seed=0)})
     if parsed.harder:
         generator = random.Random(0)
-        parsed.harder.write_text("".join(json.dumps(harder(row, generator)) + "\n" for row in rows))
+        write_rows(parsed.harder, (harder(row, generator) for row in rows))
     if parsed.facts:
-        lines = (json.dumps(with_facts(row, parsed.properties)) for row in rows)
-        parsed.facts.write_text("".join(f"{line}\n" for line in lines))
+        write_rows(parsed.facts, (with_facts(row, parsed.properties) for row in rows))
     print("\n".join(json.dumps(row) for row in accuracy))
 
 

@@ -11,12 +11,13 @@ times, in training alone: validation keeps to the generated ones, and the publis
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from rows import read_rows, write_rows
 
 from hybrid.cli import run_config
 from hybrid.data import Example, load_examples
@@ -34,11 +35,9 @@ def main(arguments: Sequence[str]) -> None:
     rows = [to_row(example, split) for split in ("train", "valid", "test") for example in load_examples(data, split)]
     if parsed.published:
         depths = {row["depth"] for row in rows}
-        lines = [json.loads(line) for line in parsed.published.read_text().splitlines()]
-        chosen = [row for row in lines if row["split"] == "train" and row["depth"] in depths]
+        chosen = [row for row in read_rows(parsed.published) if row["split"] == "train" and row["depth"] in depths]
         rows += [row | {"id": f"{row['id']}+{copy}"} for copy in range(parsed.copies) for row in chosen]
-    parsed.output.parent.mkdir(parents=True, exist_ok=True)
-    parsed.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(parsed.output, rows)
     print(f"{len(rows)} rows")
 
 

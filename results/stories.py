@@ -13,7 +13,6 @@ seen. Validation and test rows are those that no training row asks in the same w
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rows import read_rows, write_rows
 from theories import reworded
 
 HOLD_OUT = 20
@@ -53,9 +53,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--copies", type=int, default=8, help="how often each training story comes (8)")
     parsed = parser.parse_args(arguments)
-    rows = in_other_words([json.loads(line) for line in parsed.data.read_text().splitlines()], parsed.copies)
-    parsed.output.parent.mkdir(parents=True, exist_ok=True)
-    parsed.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = in_other_words(read_rows(parsed.data), parsed.copies)
+    write_rows(parsed.output, rows)
     print(f"{len(rows)} rows")
 
 

@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rows import read_rows, write_rows
+
 from hybrid.backbone import one_text
 from hybrid.evaluation import provenance, write_results
 
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--beside", type=int, default=0, help="so many other statements in validation and test rows")
     parser.add_argument("--labels", type=Path, help="a result file: how often forward chaining and the file agree")
     parsed = parser.parse_args(arguments)
-    rows = [json.loads(line) for line in parsed.data.read_text().splitlines()]
+    rows = read_rows(parsed.data)
     if parsed.labels:
         command = shlex.join(["python", "results/theories.py", *arguments])
         write_results(parsed.labels, {**agreement(rows), **provenance(command, seed=0)})
@@ -109,8 +111,7 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.beside:
         draw = random.Random(0)
         written = [row if row["split"] == "train" else asked_beside(row, parsed.beside, draw) for row in written]
-    parsed.output.parent.mkdir(parents=True, exist_ok=True)
-    parsed.output.write_text("".join(json.dumps(row) + "\n" for row in written))
+    write_rows(parsed.output, written)
     print(f"{len(written)} rows")
 
 
