@@ -49,48 +49,43 @@ CONTEXT = (
 Row = dict[str, Any]
 
 
-class Statement:
-    """What one person says, and for which kinds of all people: it is true if a knight says it, else false.
+def statement(speaker: int, names: Sequence[str], generator: random.Random) -> tuple[str, set[tuple[bool, ...]]]:
+    """What one person of a group says, and the kinds of all people (true: a knight) with which it can be said.
 
-    Args:
-        speaker: Number of the person in the group.
-        names: Who is in the group.
-        generator: Where the rest is drawn from.
+    It is true if a knight says it, else false.
     """
-
-    def __init__(self, speaker: int, names: Sequence[str], generator: random.Random):
-        form = generator.choice(["{}", "{} not", *JOINED])
-        number = 2 if form in JOINED else 1
-        told = [(generator.randrange(len(names)), generator.choice(KINDS)) for _ in range(number)]
-        inner = "{} is not a {}" if form == "{} not" else "{} is a {}"
-        atoms = [inner.format(names[person], kind) for person, kind in told]
-        words = form.format(*atoms) if form in JOINED else atoms[0]
-        way = generator.choice(WAYS)
-        if "that {words}" in way and form.startswith("If"):
-            words = words[0].lower() + words[1:]
-        self.text = way.format(name=names[speaker], words=words)
-        self.possible: set[tuple[bool, ...]] = set()
-        for solution in product((True, False), repeat=len(names)):
-            truths = [solution[person] == (kind == "knight") for person, kind in told]
-            truth = JOINED[form](*truths) if form in JOINED else truths[0] != (form == "{} not")
-            if solution[speaker] == truth:
-                self.possible.add(solution)
+    form = generator.choice(["{}", "{} not", *JOINED])
+    number = 2 if form in JOINED else 1
+    told = [(generator.randrange(len(names)), generator.choice(KINDS)) for _ in range(number)]
+    inner = "{} is not a {}" if form == "{} not" else "{} is a {}"
+    atoms = [inner.format(names[person], kind) for person, kind in told]
+    words = form.format(*atoms) if form in JOINED else atoms[0]
+    way = generator.choice(WAYS)
+    if "that {words}" in way and form.startswith("If"):
+        words = words[0].lower() + words[1:]
+    possible = set()
+    for solution in product((True, False), repeat=len(names)):
+        truths = [solution[person] == (kind == "knight") for person, kind in told]
+        truth = JOINED[form](*truths) if form in JOINED else truths[0] != (form == "{} not")
+        if solution[speaker] == truth:
+            possible.add(solution)
+    return way.format(name=names[speaker], words=words), possible
 
 
 def puzzles(
     names: Sequence[str], statements_each: int, number: int, generator: random.Random
 ) -> list[tuple[list[str], tuple[bool, ...]]]:
     """Texts of one statement a person, and their only solution, for at most `number` different choices of them."""
-    said = [[Statement(speaker, names, generator) for _ in range(statements_each)] for speaker in range(len(names))]
+    said = [[statement(speaker, names, generator) for _ in range(statements_each)] for speaker in range(len(names))]
     found: dict[tuple[int, ...], tuple[list[str], tuple[bool, ...]]] = {}
     for _ in range(20 * number):
         if len(found) == number:
             break
         choice = tuple(generator.randrange(statements_each) for _ in names)
         chosen = [of_person[one] for of_person, one in zip(said, choice, strict=True)]
-        solutions = set.intersection(*(statement.possible for statement in chosen))
+        solutions = set.intersection(*(possible for _, possible in chosen))
         if choice not in found and len(solutions) == 1:
-            found[choice] = [statement.text for statement in chosen], solutions.pop()
+            found[choice] = [text for text, _ in chosen], solutions.pop()
     return list(found.values())
 
 
