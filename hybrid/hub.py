@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 CARD = """---
 library_name: hybrid-reasoner
 base_model: {base_model}
-{license_line}tags: [recursive-reasoning, frozen-backbone]
+{license_line}{datasets_line}tags: [recursive-reasoning, frozen-backbone]
 ---
 
 # {name}
 
 A {num_parameters:,}-parameter recursive reasoner on top of the frozen `{base_model}` (layers {layers}, template
 `{template}`, memory of {memory}). Only the reasoner, its adapter and its decoder are in this folder; the language
-model is loaded from where it is published.
+model is loaded from where it is published.{trained_on}
 
 ```python
 from hybrid import {imports}
@@ -86,18 +89,41 @@ def recorded_question(folder: Path) -> str:
     return "\n".join(["", "How it is asked, and what it answers:", "", "```", *lines, f"answer: {value}", "```", ""])
 
 
+def trained_on(data: Mapping[str, Any]) -> str:
+    """What a run's `data` section says of the rows it trained on, in one sentence; empty if nothing."""
+    path, generator, hub_id = (data.get(name) for name in ("path", "reasoning_gym", "hub_id"))
+    file = f"`{Path(path).name}`" if path else ""
+    source = f"`{hub_id}`" if hub_id else f"reasoning-gym's `{generator}`" if generator else file
+    if not source:
+        return ""
+    parts = [f"{source} (rows of {file})" if file and file != source else source]
+    if depths := data.get("train_depths"):
+        parts.append(f"depths {', '.join(map(str, depths))}")
+    if most := data.get("max_train_examples"):
+        parts.append(f"{most:,} rows at most")
+    return f"\nTrained on {', '.join(parts)}; `run.yaml` says how."
+
+
 def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None:
-    """Write `README.md`; accuracy comes from `results.json` and `written.json` in the same folder, never from hand.
+    """Write `README.md` from what lies in the same folder, nothing by hand.
+
+    Accuracy comes from `results.json` and `written.json`, what the head was trained on from `run.yaml`.
 
     Args:
         folder: The saved head.
         facts: Values for the card's placeholders, from `HybridModel.card_facts`.
         license: Licence identifier of the head, left out if unknown: the training data may restrict it.
     """
-    line = f"license: {license}\n" if license else ""
+    run = yaml.safe_load(path.read_text()) if (path := folder / "run.yaml").exists() else {}
+    data = run.get("data", {})
+    lines = {
+        "license_line": f"license: {license}\n" if license else "",
+        "datasets_line": f"datasets: [{data['hub_id']}]\n" if data.get("hub_id") else "",
+        "trained_on": trained_on(data),
+    }
     generate = 'print(model.generate_text("..."))  # the language model, steered\n' if facts.pop("writes") else ""
     shown = {"results": results_table(folder), "asked": recorded_question(folder), "generate": generate}
-    text = CARD.format(name=folder.name, license_line=line, **shown, **facts)
+    text = CARD.format(name=folder.name, **lines, **shown, **facts)
     (folder / "README.md").write_text(text)
 
 

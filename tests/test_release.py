@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hybrid.decoder import Field
-from hybrid.hub import recorded_question
+from hybrid.hub import recorded_question, trained_on
 from hybrid.model import HybridModel
 from hybrid.release import differences, release
 
@@ -51,6 +51,20 @@ def test_card_shows_the_first_question_and_some_of_many_fields(tmp_path):
     asked = {"question": "Who?", "choices": None, "fields": fields, "value": {"Al": "son"}}
     (tmp_path / "expected.json").write_text(json.dumps([asked]))
     assert f"question: 'Who?'\nfields: {fields}\nanswer: {{'Al': 'son'}}" in recorded_question(tmp_path)
+
+
+def test_card_says_what_the_head_was_trained_on(model, tmp_path):
+    data = {"hub_id": "org/steps", "path": "runs/rows.jsonl", "train_depths": [1, 2], "max_train_examples": 6000}
+    said = "\nTrained on `org/steps` (rows of `rows.jsonl`), depths 1, 2, 6,000 rows at most; `run.yaml` says how."
+    assert trained_on(data) == said
+    assert trained_on({"reasoning_gym": "sudoku"}) == "\nTrained on reasoning-gym's `sudoku`; `run.yaml` says how."
+    assert trained_on({"path": "rows.jsonl"}) == "\nTrained on `rows.jsonl`; `run.yaml` says how."
+    model.save_pretrained(tmp_path)
+    assert "Trained on" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "run.yaml").write_text(json.dumps({"data": data}))
+    model.write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"is published.{said}\n\n```python" in card and "\ndatasets: [org/steps]\ntags:" in card
 
 
 def test_questions_whose_fields_stand_in_the_text(model, backbone, tmp_path):
