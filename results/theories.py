@@ -6,9 +6,12 @@
 of their kind, facts and rules in another order, and with one to `--statements` statements, each a field that stands at
 its last character. A statement that follows is true, one whose opposite follows is false, any other is unknown (open
 world); each is drawn as often as another, and of those that follow each proof depth up to one that is drawn for the
-row. The row's depth is the deepest of them, so that a curriculum can begin with rows in which what follows is a fact,
-and what is unknown follows from nothing. A theory in `HOLD_OUT` is kept for validation, with its own question alone;
-test rows are those of the file.
+row. That is the row's depth, so that a curriculum can begin with rows in which what follows is a fact; were it the
+deepest proof among them, most single statements of shallow rows would be unknown. A theory in `HOLD_OUT` is kept for
+validation, with its own question alone; test rows are those of the file.
+
+`--head` and `--by_kind` ask a head about the held-out theories, one statement of each kind, alone: facts, what follows
+by one inference and by more, what is unknown though a rule ends so, and what else is unknown.
 
 `--beside N` asks, in validation and test rows, for so many other statements as well, drawn at random from all that the
 theory's words allow, so that what follows on the way may have a place to stand; they have no answer in those rows.
@@ -27,10 +30,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rows import read_rows, write_rows
 
 from hybrid.backbone import one_text
-from hybrid.evaluation import provenance, write_results
+from hybrid.evaluation import accuracy_row, provenance, write_results
+from hybrid.model import HybridModel
 
 HOLD_OUT = 12  # of so many theories, one is kept for validation
 SINGLE = 1 / 8  # of the training rows have one statement, as those of the file
@@ -76,14 +81,18 @@ class Theory(NamedTuple):
         named = {literal.subject for literal in literals} | {x.object for x in literals if x.verb != "is"}
         return sorted(name for name in named if name is not None)
 
-    def closure(self) -> dict[Literal, int]:
-        """Everything that follows, with the length of its shortest proof (0: a fact)."""
-        depth = dict.fromkeys(self.facts, 0)
-        grounded = [
+    def grounded(self) -> list[tuple[list[Literal], list[Literal]]]:
+        """The rules, each once for everybody it can be applied to: conditions, conclusions."""
+        return [
             ([literal.about(name) for literal in conditions], [literal.about(name) for literal in conclusions])
             for conditions, conclusions in self.rules
             for name in (self.names() if any(literal.subject is None for literal in conditions) else [""])
         ]
+
+    def closure(self) -> dict[Literal, int]:
+        """Everything that follows, with the length of its shortest proof (0: a fact)."""
+        depth = dict.fromkeys(self.facts, 0)
+        grounded = self.grounded()
         for length in range(1, len(grounded) + 1):
             fired = [c for conditions, c in grounded if all(depth.get(x, length) < length for x in conditions)]
             new = {literal for conclusions in fired for literal in conclusions} - set(depth)
@@ -102,11 +111,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--statements", type=int, default=24, help="at most so many in a row")
     parser.add_argument("--beside", type=int, default=0, help="so many other statements in validation and test rows")
     parser.add_argument("--labels", type=Path, help="a result file: how often forward chaining and the file agree")
+    parser.add_argument("--head", type=Path, help="a head to ask")
+    parser.add_argument("--by_kind", type=Path, help="a result file: what it answers, by kind of statement")
     parsed = parser.parse_args(arguments)
-    rows = read_rows(parsed.data)
+    if (parsed.head is None) != (parsed.by_kind is None):
+        parser.error("--head and --by_kind go together: a head, and the file for what it answers")
+    rows, command = read_rows(parsed.data), shlex.join(["python", "results/theories.py", *arguments])
     if parsed.labels:
-        command = shlex.join(["python", "results/theories.py", *arguments])
         write_results(parsed.labels, {**agreement(rows), **provenance(command, seed=0)})
+    if parsed.by_kind:
+        found = by_kind(HybridModel.from_pretrained(parsed.head), held_out(rows))
+        write_results(parsed.by_kind, {"by_kind": found, **provenance(command, seed=0)})
     written = [row for row in rows if row["split"] == "dev"] + with_statements(rows, parsed.copies, parsed.statements)
     if parsed.beside:
         draw = random.Random(0)
@@ -115,13 +130,18 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{len(written)} rows")
 
 
+def held_out(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The training theories that are kept for validation."""
+    return sorted({row["context"] for row in rows if row["split"] == "train"})[::HOLD_OUT]
+
+
 def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int) -> list[dict[str, Any]]:
     """Validation rows, and training rows in other words with several statements."""
     theories = sorted({row["context"] for row in rows if row["split"] == "train"})
-    held_out, draw = set(theories[::HOLD_OUT]), random.Random(0)
-    written = [row | {"split": "valid"} for row in rows if row["context"] in held_out]
+    kept, draw = set(held_out(rows)), random.Random(0)
+    written = [row | {"split": "valid"} for row in rows if row["context"] in kept]
     for number, context in enumerate(theories):
-        if context in held_out:
+        if context in kept:
             continue
         labelled = labels(parse(context))
         for copy in range(copies):
@@ -132,7 +152,7 @@ def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int) -> l
             exchanged, told = exchange(draw), in_another_order(context, draw)
             texts = [reworded(to_text(literal), exchanged) for literal, _, _ in chosen]
             row = {"id": f"{number}-{copy}", "split": "train", "context": reworded(told, exchanged)}
-            row |= {"question": " ".join(texts), "depth": max(depth or 0 for _, _, depth in chosen)}
+            row |= {"question": " ".join(texts), "depth": deepest}
             answers = [label for _, label, _ in chosen]
             written.append(row | as_fields(row["context"], texts, answers))
     return written
@@ -142,24 +162,26 @@ def asked_beside(row: dict[str, Any], number: int, draw: random.Random) -> dict[
     """A row of the file with so many other statements as fields that have no answer."""
     question = row["question"]
     others = [text for literal, _, _ in labels(parse(row["context"])) if (text := to_text(literal)) != question]
-    texts = [question, *draw.sample(others, min(number, len(others)))]
+    texts = [*draw.sample(others, min(number, len(others))), question]
     kept = {key: value for key, value in row.items() if key != "choices"} | {"question": " ".join(texts)}
-    return kept | as_fields(row["context"], texts, [row["answer"]])
+    return kept | as_fields(row["context"], texts, [*[None] * (len(texts) - 1), row["answer"]])
 
 
-def as_fields(context: str, texts: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
+def as_fields(context: str, texts: Sequence[str], answers: Sequence[str | None]) -> dict[str, Any]:
     """One answer to one statement, or a field for each of several, at its last character: as JSON, in one column.
 
-    The first statements have the answers; those beyond are asked without one.
+    The last is named as one that is asked alone, the others by number: a head that knew statements by their names
+    would not know the one that is asked alone. Those without an answer are asked all the same.
     """
     if len(texts) == 1:
         return {"answer": answers[0], "choices": list(OPTIONS)}
     fields, text = [], context
-    for statement in texts:
+    for number, statement in enumerate(texts, start=1):
         text = one_text(text, statement)
-        fields.append({"name": statement, "options": list(OPTIONS), "at": len(text) - 1})
-    answer = json.dumps(dict(zip(texts[: len(answers)], answers, strict=True)))
-    return {"fields": json.dumps(fields), "answer": answer}
+        fields.append({"name": f"answer {number}", "options": list(OPTIONS), "at": len(text) - 1})
+    fields[-1] |= {"name": "answer", "at": -1}
+    answered = {field["name"]: answer for field, answer in zip(fields, answers, strict=True) if answer is not None}
+    return {"fields": json.dumps(fields), "answer": json.dumps(answered)}
 
 
 def draw_statements(
@@ -177,6 +199,23 @@ def draw_statements(
         if len(chosen) == size:
             break
     return list(chosen.values())
+
+
+def by_kind(model: HybridModel, contexts: Sequence[str]) -> list[dict[str, Any]]:
+    """What a head answers of a statement of each kind about each theory, asked alone."""
+    right, draw = defaultdict(list), random.Random(0)
+    for context in contexts:
+        theory = parse(context)
+        concluded = {literal for rule in theory.grounded() for literal in rule[1]}
+        kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for literal, label, depth in labels(theory):
+            unknown = "unknown, a rule ends so" if literal in concluded else "unknown, other"
+            kind = unknown if depth is None else ("fact", "one inference")[depth] if depth < 2 else "more inferences"
+            kinds[kind].append((to_text(literal), label))
+        for kind, statements in sorted(kinds.items()):
+            statement, label = draw.choice(statements)
+            right[kind].append(model.answer(statement, context=context, choices=list(OPTIONS)).value == label)
+    return [{"kind": kind, **accuracy_row(torch.tensor(hits))} for kind, hits in sorted(right.items())]
 
 
 def labels(theory: Theory) -> list[tuple[Literal, str, int | None]]:

@@ -364,6 +364,15 @@ def test_what_follows_from_a_theory():
         theories.parse("Anne.")
 
 
+def test_a_head_is_asked_about_theories_by_kind_of_statement():
+    unknown = SimpleNamespace(answer=lambda *_, **__: SimpleNamespace(value="Unknown"))
+    found = {row.pop("kind"): (row["accuracy"], row["n"]) for row in theories.by_kind(unknown, [THEORY])}
+    assert found == {
+        "fact": (0, 1), "one inference": (0, 1), "more inferences": (0, 1),
+        "unknown, a rule ends so": (1, 1), "unknown, other": (1, 1),
+    }  # fmt: skip
+
+
 def test_statements_about_theories_in_other_words(tmp_path):
     question = {"split": "train", "question": "The cat is red.", "answer": "True", "depth": 2}
     rows = [{**question, "context": THEORY.replace("Anne", name)} for name in theories.PEOPLE[2:]]
@@ -381,15 +390,17 @@ def test_statements_about_theories_in_other_words(tmp_path):
         theory, text = theories.parse(example.context), f"{example.context} {example.question}"
         assert len(theory.rules) == 5 and len(theory.closure()) == 7  # other words, the same logic
         labelled = {theories.to_text(literal): (label, depth) for literal, label, depth in theories.labels(theory)}
-        for field, answer in example.answered:
-            statement = example.question if len(example.fields) == 1 else field.name
+        statements = [f"{statement}." for statement in theories.sentences(example.question)]
+        assert len(statements) == len(example.fields)
+        assert (example.fields[-1].name, example.fields[-1].at) == ("answer", -1)  # as one that is asked alone
+        for statement, (field, answer) in zip(statements, example.answered, strict=True):
             label, depth = labelled[statement]
-            assert label == answer and (depth or 0) <= example.depth <= 3
-            assert len(example.fields) == 1 or text[: field.at + 1].endswith(statement)
+            assert label == answer and (depth or 0) <= example.depth <= 3 and "is" not in field.name
+            assert text.endswith(statement) if field.at == -1 else text[: field.at + 1].endswith(statement)
     theories.main([str(source), "--output", str(output), "--copies", "4", "--beside", "3"])
     for [asked] in (load_examples(config, "test"), load_examples(config, "valid")):
-        assert len({field.name for field in asked.fields}) == 4 and asked.question.startswith("The cat is red. ")
-        assert [(field.name, answer) for field, answer in asked.answered] == [("The cat is red.", "True")]
+        assert len({field.name for field in asked.fields}) == 4 and asked.question.endswith(". The cat is red.")
+        assert [(field.name, answer) for field, answer in asked.answered] == [("answer", "True")]
 
 
 def test_stories_in_other_words(monkeypatch):
