@@ -89,19 +89,22 @@ def recorded_question(folder: Path) -> str:
     return "\n".join(["", "How it is asked, and what it answers:", "", "```", *lines, f"answer: {value}", "```", ""])
 
 
-def trained_on(data: Mapping[str, Any]) -> str:
-    """What a run's `data` section says of the rows it trained on, in one sentence; empty if nothing."""
+def trained_on(run: Mapping[str, Any]) -> str:
+    """What a run's configuration says of the rows it trained on, in one sentence; empty if nothing."""
+    data, start = run.get("data", {}), run.get("training", {}).get("start_from")
     path, generator, hub_id = (data.get(name) for name in ("path", "reasoning_gym", "hub_id"))
+    source = f"`{hub_id}`" if hub_id else f"reasoning-gym's `{generator}`" if generator else ""
     file = f"`{Path(path).name}`" if path else ""
-    source = f"`{hub_id}`" if hub_id else f"reasoning-gym's `{generator}`" if generator else file
-    if not source:
+    if not (source or file):
         return ""
-    parts = [f"{source} (rows of {file})" if file and file != source else source]
+    parts = [f"rows of {file}, in place of {source}" if source and file else source or file]
     if depths := data.get("train_depths"):
         parts.append(f"depths {', '.join(map(str, depths))}")
     if most := data.get("max_train_examples"):
         parts.append(f"{most:,} rows at most")
-    return f"\nTrained on {', '.join(parts)}; `run.yaml` says how."
+    if start:
+        parts.append(f"from the weights of `{start}` on")
+    return f"\nTrained on {', '.join(parts)}; its configuration is `run.yaml`."
 
 
 def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None:
@@ -119,7 +122,7 @@ def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None
     lines = {
         "license_line": f"license: {license}\n" if license else "",
         "datasets_line": f"datasets: [{data['hub_id']}]\n" if data.get("hub_id") else "",
-        "trained_on": trained_on(data),
+        "trained_on": trained_on(run),
     }
     generate = 'print(model.generate_text("..."))  # the language model, steered\n' if facts.pop("writes") else ""
     shown = {"results": results_table(folder), "asked": recorded_question(folder), "generate": generate}

@@ -299,7 +299,7 @@ class HybridModel(PreTrainedModel):
         self.write_card(Path(folder))
 
     def write_card(self, folder: Path) -> None:
-        """Write the model card, with the figures of the folder's `results.json` if there is one."""
+        """Write the model card, with what the folder's result files and `run.yaml` say, if they are there."""
         write_card(folder, self.card_facts(), self.config.license)
 
     def card_facts(self) -> dict[str, Any]:

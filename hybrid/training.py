@@ -590,8 +590,9 @@ class Trainer:
         folder = self.folder / name
         with _disk_full_explained(folder):
             (folder / "results.json").unlink(missing_ok=True)  # figures of other weights
-            self.model.save_pretrained(folder, state_dict=self.weights.head_state(self.model))
+            folder.mkdir(parents=True, exist_ok=True)  # the card that is written next says what is in run.yaml
             (folder / "run.yaml").write_text(yaml.safe_dump(to_plain(self.config), sort_keys=False))
+            self.model.save_pretrained(folder, state_dict=self.weights.head_state(self.model))
 
     def save_checkpoint(self) -> None:
         """Write everything a resumed run needs, whole or not at all."""

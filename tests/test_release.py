@@ -55,13 +55,19 @@ def test_card_shows_the_first_question_and_some_of_many_fields(tmp_path):
 
 def test_card_says_what_the_head_was_trained_on(model, tmp_path):
     data = {"hub_id": "org/steps", "path": "runs/rows.jsonl", "train_depths": [1, 2], "max_train_examples": 6000}
-    said = "\nTrained on `org/steps` (rows of `rows.jsonl`), depths 1, 2, 6,000 rows at most; `run.yaml` says how."
-    assert trained_on(data) == said
-    assert trained_on({"reasoning_gym": "sudoku"}) == "\nTrained on reasoning-gym's `sudoku`; `run.yaml` says how."
-    assert trained_on({"path": "rows.jsonl"}) == "\nTrained on `rows.jsonl`; `run.yaml` says how."
+    run = {"data": data, "training": {"start_from": "runs/first/last"}}
+    said = (
+        "\nTrained on rows of `rows.jsonl`, in place of `org/steps`, depths 1, 2, 6,000 rows at most, from the weights "
+        "of `runs/first/last` on; its configuration is `run.yaml`."
+    )
+    assert trained_on(run) == said
+    others = {"reasoning-gym's `sudoku`": {"reasoning_gym": "sudoku"}, "`rows.jsonl`": {"path": "rows.jsonl"}}
+    for source, other in others.items():
+        assert trained_on({"data": other}) == f"\nTrained on {source}; its configuration is `run.yaml`."
+    assert trained_on({"data": {"hub_id": None, "path": None}}) == trained_on({}) == ""
     model.save_pretrained(tmp_path)
     assert "Trained on" not in (tmp_path / "README.md").read_text()
-    (tmp_path / "run.yaml").write_text(json.dumps({"data": data}))
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
     model.write_card(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert f"is published.{said}\n\n```python" in card and "\ndatasets: [org/steps]\ntags:" in card

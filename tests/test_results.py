@@ -365,12 +365,27 @@ def test_what_follows_from_a_theory():
 
 
 def test_a_head_is_asked_about_theories_by_kind_of_statement():
-    unknown = SimpleNamespace(answer=lambda *_, **__: SimpleNamespace(value="Unknown"))
-    found = {row.pop("kind"): (row["accuracy"], row["n"]) for row in theories.by_kind(unknown, [THEORY])}
-    assert found == {
-        "fact": (0, 1), "one inference": (0, 1), "more inferences": (0, 1),
-        "unknown, a rule ends so": (1, 1), "unknown, other": (1, 1),
+    asked = []
+
+    def answer(statement: str, context: str, choices: list[str]) -> SimpleNamespace:
+        asked.append((statement, context, choices))
+        return SimpleNamespace(value="Unknown")
+
+    rows = theories.by_kind(SimpleNamespace(answer=answer), [THEORY])
+    labels = {"fact": 0, "more inferences": 0, "one inference": 0, "unknown, a rule ends so": 1, "unknown, other": 1}
+    assert {row["kind"]: row["accuracy"] for row in rows} == labels and {row["n"] for row in rows} == {1}
+    assert all(question[1:] == (THEORY, ["True", "False", "Unknown"]) for question in asked)
+    of_kind = dict(zip(labels, (statement for statement, *_ in asked), strict=True))
+    assert of_kind["fact"] in {
+        "Anne is kind.", "Anne is not kind.", "Bob sees the cat.", "Bob does not see the cat.", "The cat is round.",
+        "The cat is not round.",
     }  # fmt: skip
+    assert re.fullmatch(r"The cat (is (not )?young|sees Bob|does not see Bob)\.", of_kind["one inference"])
+    ends = {
+        "Anne is young.", "Bob is young.", "Anne is red.", "Bob is red.", "Bob is kind.", "The cat visits Bob.",
+        "Bob does not like Anne.", "The cat does not like Anne.",
+    }  # fmt: skip
+    assert of_kind["unknown, a rule ends so"] in ends and of_kind["unknown, other"] not in ends
 
 
 def test_statements_about_theories_in_other_words(tmp_path):
@@ -384,7 +399,7 @@ def test_statements_about_theories_in_other_words(tmp_path):
     config = DataConfig(path=str(output), choices=list(theories.OPTIONS), answer_at=-1, test_split="dev")
     assert [example.context for example in load_examples(config, "test")] == [THEORY]
     assert len(load_examples(config, "valid")) == 1
-    examples = load_examples(config, "train")
+    examples, spare = load_examples(config, "train"), []
     assert len(examples) == 20 and len({len(example.fields) for example in examples}) > 2
     for example in examples:
         theory, text = theories.parse(example.context), f"{example.context} {example.question}"
@@ -393,10 +408,14 @@ def test_statements_about_theories_in_other_words(tmp_path):
         statements = [f"{statement}." for statement in theories.sentences(example.question)]
         assert len(statements) == len(example.fields)
         assert (example.fields[-1].name, example.fields[-1].at) == ("answer", -1)  # as one that is asked alone
+        spare.append(example.depth - max(labelled[statement][1] or 0 for statement in statements))
         for statement, (field, answer) in zip(statements, example.answered, strict=True):
             label, depth = labelled[statement]
-            assert label == answer and (depth or 0) <= example.depth <= 3 and "is" not in field.name
+            assert (
+                label == answer and (depth or 0) <= example.depth <= 3 and re.fullmatch(r"answer( \d+)?", field.name)
+            )
             assert text.endswith(statement) if field.at == -1 else text[: field.at + 1].endswith(statement)
+    assert any(spare)  # a row's depth is the one that was drawn
     theories.main([str(source), "--output", str(output), "--copies", "4", "--beside", "3"])
     for [asked] in (load_examples(config, "test"), load_examples(config, "valid")):
         assert len({field.name for field in asked.fields}) == 4 and asked.question.endswith(". The cat is red.")

@@ -78,6 +78,7 @@ def test_training_learns_and_leaves_the_backbone_as_it_was(folder, backbone):
     example = chain_examples(1, seed=2)[0]
     assert model.answer(example.question, context=example.context).value in example.fields[0].options
     assert yaml.safe_load((best / "run.yaml").read_text()) == to_plain(config)
+    assert "Trained on `data.jsonl`" in (best / "README.md").read_text()
 
 
 @pytest.fixture
