@@ -130,15 +130,19 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{len(written)} rows")
 
 
+def training_theories(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The theories of the file's training split."""
+    return sorted({row["context"] for row in rows if row["split"] == "train"})
+
+
 def held_out(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The training theories that are kept for validation."""
-    return sorted({row["context"] for row in rows if row["split"] == "train"})[::HOLD_OUT]
+    """Those that are kept for validation."""
+    return training_theories(rows)[::HOLD_OUT]
 
 
 def with_statements(rows: Sequence[dict[str, Any]], copies: int, most: int) -> list[dict[str, Any]]:
     """Validation rows, and training rows in other words with several statements."""
-    theories = sorted({row["context"] for row in rows if row["split"] == "train"})
-    kept, draw = set(held_out(rows)), random.Random(0)
+    theories, kept, draw = training_theories(rows), set(held_out(rows)), random.Random(0)
     written = [row | {"split": "valid"} for row in rows if row["context"] in kept]
     for number, context in enumerate(theories):
         if context in kept:
@@ -209,8 +213,10 @@ def by_kind(model: HybridModel, contexts: Sequence[str]) -> list[dict[str, Any]]
         concluded = {literal for rule in theory.grounded() for literal in rule[1]}
         kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for literal, label, depth in labels(theory):
-            unknown = "unknown, a rule ends so" if literal in concluded else "unknown, other"
-            kind = unknown if depth is None else ("fact", "one inference")[depth] if depth < 2 else "more inferences"
+            if depth is None:
+                kind = "unknown, a rule ends so" if literal in concluded else "unknown, other"
+            else:
+                kind = {0: "fact", 1: "one inference"}.get(depth, "more inferences")
             kinds[kind].append((to_text(literal), label))
         for kind, statements in sorted(kinds.items()):
             statement, label = draw.choice(statements)

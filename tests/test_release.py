@@ -56,10 +56,8 @@ def test_card_shows_the_first_question_and_some_of_many_fields(tmp_path):
 def test_card_says_what_the_head_was_trained_on(model, tmp_path):
     data = {"hub_id": "org/steps", "path": "runs/rows.jsonl", "train_depths": [1, 2], "max_train_examples": 6000}
     run = {"data": data, "training": {"start_from": "runs/first/last"}}
-    said = (
-        "\nTrained on rows of `rows.jsonl`, in place of `org/steps`, depths 1, 2, 6,000 rows at most, from the weights "
-        "of `runs/first/last` on; its configuration is `run.yaml`."
-    )
+    said = "\nTrained on rows of `rows.jsonl`, in place of `org/steps`, depths 1, 2, 6,000 rows at most, "
+    said += "from the weights of `runs/first/last` on; its configuration is `run.yaml`."
     assert trained_on(run) == said
     others = {"reasoning-gym's `sudoku`": {"reasoning_gym": "sudoku"}, "`rows.jsonl`": {"path": "rows.jsonl"}}
     for source, other in others.items():
