@@ -166,26 +166,24 @@ def asked_beside(row: dict[str, Any], number: int, draw: random.Random) -> dict[
     """A row of the file with so many other statements as fields that have no answer."""
     question = row["question"]
     others = [text for literal, _, _ in labels(parse(row["context"])) if (text := to_text(literal)) != question]
-    texts = [*draw.sample(others, min(number, len(others))), question]
+    texts = [question, *draw.sample(others, min(number, len(others)))]
     kept = {key: value for key, value in row.items() if key != "choices"} | {"question": " ".join(texts)}
-    return kept | as_fields(row["context"], texts, [*[None] * (len(texts) - 1), row["answer"]])
+    return kept | as_fields(row["context"], texts, [row["answer"]])
 
 
-def as_fields(context: str, texts: Sequence[str], answers: Sequence[str | None]) -> dict[str, Any]:
+def as_fields(context: str, texts: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
     """One answer to one statement, or a field for each of several, at its last character: as JSON, in one column.
 
-    The last is named as one that is asked alone, the others by number: a head that knew statements by their names
-    would not know the one that is asked alone. Those without an answer are asked all the same.
+    The first statements have the answers; those beyond are asked without one.
     """
     if len(texts) == 1:
         return {"answer": answers[0], "choices": list(OPTIONS)}
     fields, text = [], context
-    for number, statement in enumerate(texts, start=1):
+    for statement in texts:
         text = one_text(text, statement)
-        fields.append({"name": f"answer {number}", "options": list(OPTIONS), "at": len(text) - 1})
-    fields[-1] |= {"name": "answer", "at": -1}
-    answered = {field["name"]: answer for field, answer in zip(fields, answers, strict=True) if answer is not None}
-    return {"fields": json.dumps(fields), "answer": json.dumps(answered)}
+        fields.append({"name": statement, "options": list(OPTIONS), "at": len(text) - 1})
+    answer = json.dumps(dict(zip(texts[: len(answers)], answers, strict=True)))
+    return {"fields": json.dumps(fields), "answer": answer}
 
 
 def draw_statements(
