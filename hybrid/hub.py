@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ was measured. Written by hybrid {version}.
 
 {results}
 """
+WIDTH = 115  # of the card's prose
 MAX_SHOWN = 8  # fields of an answer that the card shows
 
 
@@ -102,9 +104,9 @@ def trained_on(run: Mapping[str, Any]) -> str:
         parts.append(f"depths {', '.join(map(str, depths))}")
     if most := data.get("max_train_examples"):
         parts.append(f"{most:,} rows at most")
-    if start:
-        parts.append(f"from the weights of `{start}` on")
-    return f"\nTrained on {', '.join(parts)}; its configuration is `run.yaml`."
+    went_on = f"; it went on from the weights of `{'/'.join(Path(start).parts[-2:])}`" if start else ""
+    said = f"Trained on {', '.join(parts)}{went_on}. Its configuration is `run.yaml`."
+    return "\n" + textwrap.fill(said, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None:
@@ -121,7 +123,7 @@ def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None
     data = run.get("data", {})
     lines = {
         "license_line": f"license: {license}\n" if license else "",
-        "datasets_line": f"datasets: [{data['hub_id']}]\n" if data.get("hub_id") else "",
+        "datasets_line": f"datasets: [{data['hub_id']}]\n" if data.get("hub_id") and not data.get("path") else "",
         "trained_on": trained_on(run),
     }
     generate = 'print(model.generate_text("..."))  # the language model, steered\n' if facts.pop("writes") else ""

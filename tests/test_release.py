@@ -54,21 +54,27 @@ def test_card_shows_the_first_question_and_some_of_many_fields(tmp_path):
 
 
 def test_card_says_what_the_head_was_trained_on(model, tmp_path):
-    data = {"hub_id": "org/steps", "path": "runs/rows.jsonl", "train_depths": [1, 2], "max_train_examples": 6000}
-    run = {"data": data, "training": {"start_from": "runs/first/last"}}
-    said = "\nTrained on rows of `rows.jsonl`, in place of `org/steps`, depths 1, 2, 6,000 rows at most, "
-    said += "from the weights of `runs/first/last` on; its configuration is `run.yaml`."
-    assert trained_on(run) == said
+    data = {"hub_id": "org/steps", "path": "/home/me/rows.jsonl", "train_depths": [1, 2], "max_train_examples": 6000}
+    run = {"data": data, "training": {"start_from": "/home/me/runs/first/last"}}
+    said = (
+        "Trained on rows of `rows.jsonl`, in place of `org/steps`, depths 1, 2, 6,000 rows at most; it went on from "
+    )
+    said += "the weights of `first/last`. Its configuration is `run.yaml`."
+    assert trained_on(run).startswith("\n") and " ".join(trained_on(run).split()) == said  # no folder of this machine
+    assert max(map(len, trained_on(run).splitlines())) <= 115
     others = {"reasoning-gym's `sudoku`": {"reasoning_gym": "sudoku"}, "`rows.jsonl`": {"path": "rows.jsonl"}}
     for source, other in others.items():
-        assert trained_on({"data": other}) == f"\nTrained on {source}; its configuration is `run.yaml`."
+        assert trained_on({"data": other}) == f"\nTrained on {source}. Its configuration is `run.yaml`."
     assert trained_on({"data": {"hub_id": None, "path": None}}) == trained_on({}) == ""
     model.save_pretrained(tmp_path)
     assert "Trained on" not in (tmp_path / "README.md").read_text()
     (tmp_path / "run.yaml").write_text(json.dumps(run))
     model.write_card(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert f"is published.{said}\n\n```python" in card and "\ndatasets: [org/steps]\ntags:" in card
+    assert f"is published.{trained_on(run)}\n\n```python" in card and "datasets:" not in card  # its rows are others
+    (tmp_path / "run.yaml").write_text(json.dumps({"data": {"hub_id": "org/steps"}}))
+    model.write_card(tmp_path)
+    assert "\ndatasets: [org/steps]\ntags:" in (tmp_path / "README.md").read_text()
 
 
 def test_questions_whose_fields_stand_in_the_text(model, backbone, tmp_path):
