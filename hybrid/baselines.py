@@ -142,8 +142,8 @@ def linear_probe(
 ) -> dict[str, Any]:
     """Multinomial logistic regression on pooled hidden states (mean and last token of the head's own layers).
 
-    Several fields are several rows, told apart by the vector of the field's name. The weight decay is chosen on a
-    fifth of the training rows.
+    Several fields are several rows, told apart by the vector of the field's name; `max_train` counts these. The weight
+    decay is chosen on a fifth of the training rows.
 
     Returns:
         Accuracy by depth on `test`, training accuracy, seconds and number of parameters.
@@ -170,7 +170,7 @@ def _probe(
     seed: int,
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:max_train].tolist()
+    order = _drawn(train, max_train, seed)
     features, _ = _pooled(model, train, order)
     options = sorted({option for row in order for field in train.examples[row].fields for option in field.options})
     labels = _labels(train, order, options)
@@ -189,6 +189,13 @@ def _probe(
         "num_parameters": sum(p.numel() for p in probe.parameters()),
         "train_seconds": time.perf_counter() - start,
     }
+
+
+def _drawn(train: EmbeddedExamples, max_train: int, seed: int) -> list[int]:
+    """Training questions, drawn until they have `max_train` answers."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    num_answers = torch.tensor([len(train.examples[row].answered) for row in order.tolist()]).cumsum(0)
+    return order[num_answers <= max(max_train, int(num_answers[0]))].tolist()
 
 
 def fit_logistic(

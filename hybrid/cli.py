@@ -171,6 +171,9 @@ def command_eval(arguments: Sequence[str]) -> None:
         "--baselines", type=str, default="", help="any of zero_shot,linear_probe,mlp_probe, to stand beside"
     )
     parser.add_argument(
+        "--max_train", type=int | None, default=None, help="training rows to embed for probes; by default all"
+    )
+    parser.add_argument(
         "--output",
         type=str | None,
         default=None,
@@ -182,6 +185,9 @@ def command_eval(arguments: Sequence[str]) -> None:
     baselines = [name for name in parsed.baselines.split(",") if name]
     if unknown := sorted(set(baselines) - {"zero_shot", "linear_probe", "mlp_probe"}):
         raise ValueError(f"--baselines: no {unknown}; there are zero_shot, linear_probe, mlp_probe")
+    has_probes = any(name.endswith("_probe") for name in baselines)
+    if parsed.max_train is not None and (parsed.max_train < 1 or not has_probes):
+        raise ValueError(f"--max_train {parsed.max_train}: expected a number > 0, with a probe among --baselines")
     import shlex
     from pathlib import Path
 
@@ -215,7 +221,9 @@ def command_eval(arguments: Sequence[str]) -> None:
     path = Path(parsed.output) if parsed.output else own
     path.parent.mkdir(parents=True, exist_ok=True)
     probes = {"linear_probe": linear_probe, "mlp_probe": mlp_probe}
-    roles = {role, "train"} if set(baselines) & set(probes) else {role}
+    if parsed.max_train is not None:
+        config.data.max_train_examples = min(config.data.max_train_examples or parsed.max_train, parsed.max_train)
+    roles = {role, "train"} if has_probes else {role}
     examples = {name: load_examples(config.data, name) for name in roles}
     model = HybridModel.from_pretrained(folder)
     if model.config.asks_by_name and any(is_unnamed(example.fields) for example in examples[role]):

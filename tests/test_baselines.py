@@ -98,6 +98,13 @@ def test_mlp_probe_scores_whole_answers(model, backbone, tmp_path):
     assert result["accuracy_by_depth"][-1]["n"] == 40 and result["accuracy_by_depth"][-1]["accuracy"] > 0.9
 
 
+def test_probes_count_answers(model, backbone, tmp_path):
+    rows = [replace(e, fields=e.fields * 2, answers=e.answers * 2) for e in chain_examples(68)]
+    asked = {"train": rows[:60], "test": rows[60:]}
+    embedded = embed_examples(FeatureConfig(folder=str(tmp_path)), backbone, asked, progress=False)
+    assert linear_probe(model, embedded["train"], embedded["test"], max_train=41)["train_rows"] == 20
+
+
 def test_what_has_no_answer_is_not_counted(model, backbone, tmp_path):
     def with_another(examples):
         return [
@@ -110,6 +117,7 @@ def test_what_has_no_answer_is_not_counted(model, backbone, tmp_path):
     *_, labels = embedded["test"].batch(model, [0])
     assert labels[0].tolist() == [IGNORED, CHOICES.index(asked["test"][0].answers[1])]
     assert linear_probe(model, embedded["train"], embedded["test"])["accuracy_by_depth"][-1]["accuracy"] > 0.9
+    assert linear_probe(model, embedded["train"], embedded["test"], max_train=60)["train_rows"] == 60
     alone = [replace(e, fields=(Field("direction", CHOICES),), answers=e.answers[1:]) for e in asked["test"][:8]]
     both, one = (zero_shot(backbone, examples, progress=False) for examples in (asked["test"][:8], alone))
     assert both["accuracy_by_depth"] == one["accuracy_by_depth"]

@@ -69,6 +69,9 @@ def test_train_eval_ask(config_file, tmp_path, capsys):
     results = json.loads(other.read_text())
     assert results["accuracy_by_depth"][-1]["n"] == 6
     assert [row["rollouts"] for row in results["accuracy_by_rollouts_vote"]] == [1, 2]
+    main(["eval", str(head), "--baselines", "mlp_probe", "--max_train", "9", "--output", str(other)])
+    assert json.loads(other.read_text())["baselines"][0]["train_rows"] == 9
+    assert "--max_train 9" in error_of(capsys, "eval", str(head), "--baselines", "zero_shot", "--max_train", "9")
     assert "--max_examples -5" in error_of(capsys, "eval", str(head), "--max_examples", "-5")
     assert "--steps 'a'" in error_of(capsys, "eval", str(head), "--steps", "a")
 
