@@ -169,6 +169,9 @@ def run_harness(
             samples[name] = found.pop("samples", {})
             kept = {key: found[key] for key in (ALSO_KEPT if rows else KEPT) if key in found}
             kept = json.loads(json.dumps(kept, default=handle_non_serializable))
+            for config in kept.get("configs", {}).values():
+                if source := config.get("metadata", {}).get("config_source"):
+                    config["metadata"]["config_source"] = _source(source)
             rows.append({"name": name, "seconds": round(time.perf_counter() - start, 1), **kept})
     if not rows:
         return None
@@ -176,6 +179,13 @@ def run_harness(
     if "eval" in compare:
         results["compared"].append(_own_accuracy(head, flat(tasks), results))
     return results, samples
+
+
+def _source(path: str) -> str:
+    """Where a task comes from, without the folder that this package or lm-eval happens to be installed in."""
+    packages = (Path(module).parent for module in (__file__, lm_eval.__file__))
+    inside = (package for package in packages if Path(path).is_relative_to(package))
+    return next((str(Path(path).relative_to(package.parent)) for package in inside), path)
 
 
 def _other(head: HybridLM, item: str) -> tuple[str, Callable[[], FrozenLM]]:

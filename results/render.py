@@ -4,7 +4,8 @@ A table stands between `<!-- table: results/NAME/results.json other.json … -->
 same folder being baselines beside the head; an output copied from a run stands between
 `<!-- file: results/NAME/FILE -->` and `<!-- end -->`; what `results/ablations.py` ran of a set between
 `<!-- ablations: SET -->` and `<!-- end -->`; one table of all sets, with what others report
-(`results/published.json`), between `<!-- summary: NAME+other.json … -->` and `<!-- end -->`.
+(`results/published.json`), between `<!-- summary: NAME+other.json … -->` and `<!-- end -->`; a row for each set, its
+accuracy alone, between `<!-- matrix: NAME+other.json … -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from hybrid.bench import markdown_table
 from hybrid.evaluation import COSTS, accuracy_cell, accuracy_lines, cost_cell, harness_lines
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (table|file|summary|ablations): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|file|summary|matrix|ablations): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+COLUMNS = {  # of the matrix: whose name in a result file begins so
+    "head": "**head**",
+    "applied once": "no recursion, 2 layers",
+    "16 layers": "no recursion, 16 layers",
+    "no LLM": "no language model",
+    "LoRA": "LoRA",
+    "MLP probe": "MLP probe",
+    "frozen LLM": "frozen LLM",
+}
 SUMMARY = "set", "answered by", "n", "all", "deepest", "trainable", "training, s", "one answer, ms"
 
 
@@ -34,6 +44,8 @@ def render(text: str) -> str:
         start, kind, name, more, end = match.groups()
         if kind == "summary":
             return f"{start}{summary([name, *more.split()])}\n{end}"
+        if kind == "matrix":
+            return f"{start}{matrix([name, *more.split()])}\n{end}"
         if kind == "ablations":
             return f"{start}{ablations.table(ablations.read(ablations.FOLDER / f'{name}.jsonl'), name)}\n{end}"
         content = (ROOT / name).read_text()
@@ -62,29 +74,17 @@ def beside(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def summary(sets: Sequence[str]) -> str:
-    """One table: each set's head, its baselines and what others report.
-
-    `NAME+other.json` adds what another file says: written answers, its baselines, or itself.
-    """
+    """One table: each set's head, its baselines and what others report."""
     published = json.loads((ROOT / "results" / "published.json").read_text())
     lines = [f"| {' | '.join(SUMMARY)} |", "|---" * len(SUMMARY) + "|"]
     for part in sets:
-        name, *others = part.split("+")
-        folder = ROOT / "results" / name
-        results = json.loads((folder / "results.json").read_text())
-        systems = [{"name": "**head**", **results}]
-        systems += [{"split": results["split"], **baseline} for baseline in results.get("baselines", [])]
-        for other in others:
-            found = json.loads((folder / other).read_text())
-            written = [system | {"name": f"{system['name']}, in words"} for system in found.get("exact_match", [])]
-            systems += [{"split": found["split"], **system} for system in written or beside(found)]
-        for number, system in enumerate(systems):
+        name = part.partition("+")[0]
+        for number, system in enumerate(systems_of(part)):
             *by_depth, every = system["accuracy_by_depth"]
             deepest = ([row for row in by_depth if row["depth"] is not None] or by_depth)[-1]
             costs = [cost_cell(system, key) for key, _ in COSTS.values()]
-            shown = f"[{name.removesuffix('_smollm2')}](results/{name}/)" if number == 0 else ""
             cells = [
-                shown,
+                set_cell(name) if number == 0 else "",
                 system["name"],
                 str(every["n"]) if system["split"] == "test" else f"{every['n']}, {system['split'].partition('[')[0]}",
                 accuracy_cell(every),
@@ -95,6 +95,44 @@ def summary(sets: Sequence[str]) -> str:
             who = f"[{peer['name']}]({peer['source']})"
             lines.append(f"| | {who} | – | – | {peer['questions']}: {peer['accuracy']} | – | – | – |")
     return "\n".join(lines)
+
+
+def matrix(sets: Sequence[str]) -> str:
+    """One row for each set: the accuracy of its head and of what stands beside it, the best one bold."""
+    lines = [f"| set | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for part in sets:
+        found: dict[str, float] = {}
+        for system in systems_of(part):
+            column = next((name for name, start in COLUMNS.items() if system["name"].startswith(start)), None)
+            if column is not None:
+                found.setdefault(column, system["accuracy_by_depth"][-1]["accuracy"])
+        best = max(found.values())
+        cells = [f"{found[name]:.3f}" if name in found else "–" for name in COLUMNS]
+        cells = [f"**{cell}**" if cell == f"{best:.3f}" else cell for cell in cells]
+        lines.append(f"| {' | '.join([set_cell(part.partition('+')[0]), *cells])} |")
+    return "\n".join(lines)
+
+
+def systems_of(part: str) -> list[dict[str, Any]]:
+    """A set's head, then its baselines, from `NAME+other.json`.
+
+    Other files, in the set's folder, add written answers, their baselines, or themselves.
+    """
+    name, *others = part.split("+")
+    folder = ROOT / "results" / name
+    results = json.loads((folder / "results.json").read_text())
+    systems = [{"name": "**head**", **results}]
+    systems += [{"split": results["split"], **baseline} for baseline in results.get("baselines", [])]
+    for other in others:
+        found = json.loads((folder / other).read_text())
+        written = [system | {"name": f"{system['name']}, in words"} for system in found.get("exact_match", [])]
+        systems += [{"split": found["split"], **system} for system in written or beside(found)]
+    return systems
+
+
+def set_cell(name: str) -> str:
+    """A set, with a link to its results."""
+    return f"[{name.removesuffix('_smollm2')}](results/{name}/)"
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def test_one_table_from_one_command(head, tmp_path, monkeypatch, capsys):
     results = json.loads(output.read_text())
     assert harness_lines(results).splitlines() == lines[:-2]
     assert results["command"].startswith("hybrid harness") and results["package_versions"] and results["git_hash"]
+    assert results["configs"]["stepgame"]["metadata"]["config_source"] == "hybrid/tasks/stepgame.yaml"
     assert results["n-samples"]["stepgame"] == {"original": 16, "effective": 5}
     assert results["compared"][0]["config"]["model"] == "hf" and results["config"]["model"] == "hybrid"
     samples = {name: output.with_name(f"table_{name}_stepgame.jsonl") for name in ("hybrid", "frozen_LLM", "LoRA")}
