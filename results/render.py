@@ -5,7 +5,8 @@ same folder being baselines beside the head; an output copied from a run stands 
 `<!-- file: results/NAME/FILE -->` and `<!-- end -->`; what `results/ablations.py` ran of a set between
 `<!-- ablations: SET -->` and `<!-- end -->`; one table of all sets, with what others report
 (`results/published.json`), between `<!-- summary: NAME+other.json … -->` and `<!-- end -->`; a row for each set, its
-accuracy alone, between `<!-- matrix: NAME+other.json … -->` and `<!-- end -->`.
+accuracy alone, between `<!-- matrix: NAME+other.json … -->` and `<!-- end -->`; accuracy by refinement steps and by
+rollouts (`results/NAME/test_time.json`) between `<!-- steps: NAME … -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from hybrid.bench import markdown_table
 from hybrid.evaluation import COSTS, accuracy_cell, accuracy_lines, cost_cell, harness_lines
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (table|file|summary|matrix|ablations): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (table|file|summary|matrix|steps|ablations): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 COLUMNS = {  # of the matrix: whose name in a result file begins so
     "head": "**head**",
     "applied once": "no recursion, 2 layers",
@@ -34,6 +37,17 @@ COLUMNS = {  # of the matrix: whose name in a result file begins so
     "MLP probe": "MLP probe",
     "frozen LLM": "frozen LLM",
 }
+TITLES = {
+    "easy_sudoku_smollm2": "9×9 Sudoku",
+    "mini_sudoku_small_smollm2": "4×4 Sudoku",
+    "stepgame_chains_smollm2": "StepGame, agents as fields",
+    "chains_clutrr_smollm2": "CLUTRR, people as fields",
+    "prontoqa_smollm2": "PrOntoQA",
+    "proofwriter_smollm2": "ProofWriter",
+    "babi_smollm2": "bAbI, all twenty tasks",
+    "family_smollm2": "families",
+    "islanders_smollm2": "Knights & Knaves",
+}
 SUMMARY = "set", "answered by", "n", "all", "deepest", "trainable", "training, s", "one answer, ms"
 
 
@@ -42,10 +56,8 @@ def render(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         start, kind, name, more, end = match.groups()
-        if kind == "summary":
-            return f"{start}{summary([name, *more.split()])}\n{end}"
-        if kind == "matrix":
-            return f"{start}{matrix([name, *more.split()])}\n{end}"
+        if kind in OF_SETS:
+            return f"{start}{OF_SETS[kind]([name, *more.split()])}\n{end}"
         if kind == "ablations":
             return f"{start}{ablations.table(ablations.read(ablations.FOLDER / f'{name}.jsonl'), name)}\n{end}"
         content = (ROOT / name).read_text()
@@ -84,7 +96,7 @@ def summary(sets: Sequence[str]) -> str:
             deepest = ([row for row in by_depth if row["depth"] is not None] or by_depth)[-1]
             costs = [cost_cell(system, key) for key, _ in COSTS.values()]
             cells = [
-                set_cell(name) if number == 0 else "",
+                f"[{name.removesuffix('_smollm2')}](results/{name}/)" if number == 0 else "",
                 system["name"],
                 str(every["n"]) if system["split"] == "test" else f"{every['n']}, {system['split'].partition('[')[0]}",
                 accuracy_cell(every),
@@ -109,7 +121,27 @@ def matrix(sets: Sequence[str]) -> str:
         best = max(found.values())
         cells = [f"{found[name]:.3f}" if name in found else "–" for name in COLUMNS]
         cells = [f"**{cell}**" if cell == f"{best:.3f}" else cell for cell in cells]
-        lines.append(f"| {' | '.join([set_cell(part.partition('+')[0]), *cells])} |")
+        name = part.partition("+")[0]
+        lines.append(f"| {' | '.join([f'[{TITLES[name]}](results/{name}/)', *cells])} |")
+    return "\n".join(lines)
+
+
+def steps(sets: Sequence[str]) -> str:
+    """Accuracy by refinement steps, none halting, and of rollouts, which halt as the head does; all and deepest."""
+    lines: list[str] = []
+    for name in sets:
+        results = json.loads((ROOT / "results" / name / "test_time.json").read_text())
+        by_steps, by_q = results["accuracy_by_steps"], results["accuracy_by_rollouts_q"][1:]
+        by_vote = results["accuracy_by_rollouts_vote"][-1:]
+        heads = ["set", "questions", "n", "its own", *(str(point["steps"]) for point in by_steps)]
+        heads += [f"{pick} of {point['rollouts']}" for pick, few in (("q", by_q), ("vote", by_vote)) for point in few]
+        lines = lines or [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        curves = [point["by_depth"] for point in [*by_steps, *by_q, *by_vote]]
+        deepest = max(row for row, bucket in enumerate(curves[0][:-1]) if bucket["depth"] is not None)
+        rows = [(-1, name.removesuffix("_smollm2"), f"{results['mean_steps_used']:.3g}"), (deepest, "", "")]
+        for row, shown, own in rows[: 1 if deepest == 0 else 2]:
+            bucket, cells = curves[0][row], [f"{by_depth[row]['accuracy']:.3f}" for by_depth in curves]
+            lines.append(f"| {' | '.join([shown, str(bucket['depth']), str(bucket['n']), own, *cells])} |")
     return "\n".join(lines)
 
 
@@ -130,9 +162,7 @@ def systems_of(part: str) -> list[dict[str, Any]]:
     return systems
 
 
-def set_cell(name: str) -> str:
-    """A set, with a link to its results."""
-    return f"[{name.removesuffix('_smollm2')}](results/{name}/)"
+OF_SETS = {"summary": summary, "matrix": matrix, "steps": steps}
 
 
 if __name__ == "__main__":
