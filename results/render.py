@@ -45,7 +45,7 @@ TITLES = {
     "prontoqa_smollm2": "PrOntoQA",
     "proofwriter_smollm2": "ProofWriter",
     "babi_smollm2": "bAbI, all twenty tasks",
-    "family_smollm2": "families",
+    "family_small_smollm2": "families",
     "islanders_smollm2": "Knights & Knaves",
 }
 SUMMARY = "set", "answered by", "n", "all", "deepest", "trainable", "training, s", "one answer, ms"
