@@ -28,7 +28,8 @@ from hybrid.generation import answer_text, answer_token_ids, greedy_texts, is_an
 from hybrid.losses import IGNORED
 
 RANK = 16
-ROWS_AT_ONCE = 16  # logits of a batch are large: tokens × vocabulary
+TOKENS_AT_ONCE = 8192  # logits of a batch are large: tokens × vocabulary
+ROWS_AT_ONCE = 16
 
 
 def train_lora(config: RunConfig, resume: bool = False) -> Path:
@@ -43,7 +44,7 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
         resume: Go on from the last checkpoint in `training.output_folder`.
 
     Raises:
-        ValueError: The folder holds a run already, or none to go on with; or the batch does not divide into parts.
+        ValueError: The folder holds a run already, or none to go on with.
     """
     settings, folder = config.training, Path(config.training.output_folder)
     has_checkpoint = any(folder.glob("checkpoint-*"))
@@ -53,11 +54,10 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
             if resume
             else f"{folder} holds a run already: go on with --resume, or give another training.output_folder"
         )
-    rows_at_once = min(ROWS_AT_ONCE, settings.batch_size)
-    if settings.batch_size % rows_at_once:
-        raise ValueError(f"training.batch_size={settings.batch_size}: expected a multiple of {rows_at_once} for LoRA")
     examples = load_examples(config.data, "train")
     backbone = load_backbone(config.backbone)
+    rows = _rows(backbone, examples, config.text)
+    rows_at_once = _rows_at_once(settings.batch_size, max(len(row["input_ids"]) for row in rows))
     torch.manual_seed(settings.seed)
     adapters = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(backbone.model, adapters)
@@ -83,7 +83,7 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
             report_to="none",
             seed=settings.seed,
         ),
-        train_dataset=_rows(backbone, examples, config.text),  # ty: ignore[invalid-argument-type]  a list is a map-style data set
+        train_dataset=rows,  # ty: ignore[invalid-argument-type]  a list is a map-style data set
         data_collator=DataCollatorForSeq2Seq(_padding(backbone.tokenizer), label_pad_token_id=IGNORED),
         callbacks=[_Log(folder / "log.jsonl")],
     )
@@ -137,6 +137,12 @@ def load_lora(folder: Path, config: BackboneConfig, device: str | torch.device |
     num_parameters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     tuned: Any = model.merge_and_unload()
     return Backbone(tuned, backbone.tokenizer, name=f"{backbone.name} with LoRA"), num_parameters
+
+
+def _rows_at_once(batch_size: int, longest: int) -> int:
+    """Into how large equal parts a batch is divided, so that even one of the longest rows fits into memory."""
+    most = max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // longest))
+    return max(size for size in range(1, most + 1) if batch_size % size == 0)
 
 
 def _rows(backbone: Backbone, examples: Sequence[Example], text: TextConfig) -> list[dict[str, list[int]]]:
