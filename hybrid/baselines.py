@@ -192,7 +192,7 @@ def _probe(
 
 
 def _drawn(train: EmbeddedExamples, max_train: int, seed: int) -> list[int]:
-    """Training questions, drawn until they have `max_train` answers."""
+    """Training questions in any order, as many as have at most `max_train` answers."""
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     num_answers = torch.tensor([len(train.examples[row].answered) for row in order.tolist()]).cumsum(0)
     return order[num_answers <= max(max_train, int(num_answers[0]))].tolist()

@@ -177,7 +177,7 @@ def command_eval(arguments: Sequence[str]) -> None:
         "--output",
         type=str | None,
         default=None,
-        help="result file; by default HEAD/results.json, and the card, but for a released head on other data",
+        help="result file; by default HEAD/results.json, and the card; of a released head NAME_results.json here",
     )
     parsed = _parse(parser, arguments)
     steps = _numbers("--steps", parsed.steps)
@@ -186,14 +186,16 @@ def command_eval(arguments: Sequence[str]) -> None:
     if unknown := sorted(set(baselines) - {"zero_shot", "linear_probe", "mlp_probe"}):
         raise ValueError(f"--baselines: no {unknown}; there are zero_shot, linear_probe, mlp_probe")
     has_probes = any(name.endswith("_probe") for name in baselines)
-    if parsed.max_train is not None and (parsed.max_train < 1 or not has_probes):
-        raise ValueError(f"--max_train {parsed.max_train}: expected a number > 0, with a probe among --baselines")
+    if parsed.max_train is not None and not has_probes:
+        raise ValueError(f"--max_train {parsed.max_train}: only probes are trained: add linear_probe to --baselines")
+    if parsed.max_train is not None and parsed.max_train < 1:
+        raise ValueError(f"--max_train {parsed.max_train}: expected a number > 0")
     import shlex
     from pathlib import Path
 
     from hybrid.baselines import check_zero_shot, linear_probe, mlp_probe, zero_shot
     from hybrid.batches import embed_examples
-    from hybrid.data import load_examples
+    from hybrid.data import load_examples, spread_depths
     from hybrid.decoder import is_unnamed
     from hybrid.evaluation import (
         accuracy_lines,
@@ -216,15 +218,16 @@ def command_eval(arguments: Sequence[str]) -> None:
         return
     own = folder / "results.json"
     is_released = (folder / "expected.json").exists()
-    if is_released and (parsed.data or parsed.max_examples):  # it keeps its figures
+    if is_released:  # it keeps its figures
         own = Path(f"{folder.name}_results.json")
     path = Path(parsed.output) if parsed.output else own
     path.parent.mkdir(parents=True, exist_ok=True)
     probes = {"linear_probe": linear_probe, "mlp_probe": mlp_probe}
-    if parsed.max_train is not None:
-        config.data.max_train_examples = min(config.data.max_train_examples or parsed.max_train, parsed.max_train)
     roles = {role, "train"} if has_probes else {role}
     examples = {name: load_examples(config.data, name) for name in roles}
+    if parsed.max_train is not None:  # not by the configuration, which decides what is evaluated, too
+        rows = spread_depths(examples["train"], config.data.seed, proportional=False)[: parsed.max_train]
+        examples["train"] = [examples["train"][row] for row in rows]
     model = HybridModel.from_pretrained(folder)
     if model.config.asks_by_name and any(is_unnamed(example.fields) for example in examples[role]):
         warnings.warn(
@@ -324,6 +327,8 @@ def config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
     config = _run_of_head(folder)
     config.data.path = parsed.data or config.data.path
     role = parsed.split if parsed.split in ("train", "valid", "test") else "test"
+    if parsed.split not in (None, role) and not (config.data.path or config.data.hub_id):
+        raise ValueError(f"--split {parsed.split}: what is generated has train, valid and test")
     config.data.test_split = config.data.test_split if parsed.split in (None, role) else parsed.split
     if parsed.data and parsed.split is None and set(read_path(Path(parsed.data))) == {"train"}:
         config.data.test_split = "train[:100%]"  # a file without splits is evaluated whole

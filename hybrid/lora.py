@@ -140,7 +140,7 @@ def load_lora(folder: Path, config: BackboneConfig, device: str | torch.device |
 
 
 def _rows_at_once(batch_size: int, longest: int) -> int:
-    """Into how large equal parts a batch is divided, so that even one of the longest rows fits into memory."""
+    """The largest equal part of a batch whose longest rows fit into memory."""
     most = max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // longest))
     return max(size for size in range(1, most + 1) if batch_size % size == 0)
 

@@ -12,6 +12,7 @@ rollouts (`results/NAME/test_time.json`) between `<!-- steps: NAME … -->` and 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -28,24 +29,24 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(
     r"(<!-- (table|file|summary|matrix|steps|ablations): (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL
 )
-COLUMNS = {  # of the matrix: whose name in a result file begins so
+COLUMNS = {  # of the matrix, and how the names of its systems begin in result files
     "head": "**head**",
     "applied once": "no recursion, 2 layers",
     "16 layers": "no recursion, 16 layers",
     "no LLM": "no language model",
     "LoRA": "LoRA",
-    "MLP probe": "MLP probe",
+    "probe": ("linear probe", "MLP probe"),
     "frozen LLM": "frozen LLM",
 }
 TITLES = {
     "easy_sudoku_smollm2": "9×9 Sudoku",
-    "mini_sudoku_small_smollm2": "4×4 Sudoku",
-    "stepgame_chains_smollm2": "StepGame, agents as fields",
+    "mini_sudoku_smollm2": "4×4 Sudoku",
+    "stepgame_chains_smollm2": "StepGame, agents as fields (validation)",
     "chains_clutrr_smollm2": "CLUTRR, people as fields",
     "prontoqa_smollm2": "PrOntoQA",
-    "proofwriter_smollm2": "ProofWriter",
+    "proofwriter_smollm2": "ProofWriter (dev)",
     "babi_smollm2": "bAbI, all twenty tasks",
-    "family_small_smollm2": "families",
+    "family_smollm2": "families",
     "islanders_smollm2": "Knights & Knaves",
 }
 SUMMARY = "set", "answered by", "n", "all", "deepest", "trainable", "training, s", "one answer, ms"
@@ -110,20 +111,31 @@ def summary(sets: Sequence[str]) -> str:
 
 
 def matrix(sets: Sequence[str]) -> str:
-    """One row for each set: the accuracy of its head and of what stands beside it, the best one bold."""
+    """One row for each set: the accuracy of its head and of what stands beside it, the highest bold.
+
+    Of two probes the better one counts, else the first. A dagger marks what was trained for less than half as long as
+    the head.
+    """
     lines = [f"| set | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for part in sets:
-        found: dict[str, float] = {}
-        for system in systems_of(part):
-            column = next((name for name, start in COLUMNS.items() if system["name"].startswith(start)), None)
-            if column is not None:
-                found.setdefault(column, system["accuracy_by_depth"][-1]["accuracy"])
-        best = max(found.values())
-        cells = [f"{found[name]:.3f}" if name in found else "–" for name in COLUMNS]
-        cells = [f"**{cell}**" if cell == f"{best:.3f}" else cell for cell in cells]
-        name = part.partition("+")[0]
+        name, systems = part.partition("+")[0], systems_of(part)
+        found = {}
+        for column, start in COLUMNS.items():
+            rows = [system for system in systems if system["name"].startswith(start)]
+            if rows:
+                chosen = max(rows, key=overall) if column == "probe" else rows[0]
+                is_short = chosen.get("train_seconds", math.inf) < systems[0]["train_seconds"] / 2
+                found[column] = f"{overall(chosen):.3f}", "†" if is_short and column != "probe" else ""
+        best = max(text for text, _ in found.values())
+        shown = [found.get(column, ("–", "")) for column in COLUMNS]
+        cells = [f"**{text}**{mark}" if text == best else f"{text}{mark}" for text, mark in shown]
         lines.append(f"| {' | '.join([f'[{TITLES[name]}](results/{name}/)', *cells])} |")
     return "\n".join(lines)
+
+
+def overall(system: dict[str, Any]) -> float:
+    """Accuracy over all questions."""
+    return system["accuracy_by_depth"][-1]["accuracy"]
 
 
 def steps(sets: Sequence[str]) -> str:
@@ -133,13 +145,14 @@ def steps(sets: Sequence[str]) -> str:
         results = json.loads((ROOT / "results" / name / "test_time.json").read_text())
         by_steps, by_q = results["accuracy_by_steps"], results["accuracy_by_rollouts_q"][1:]
         by_vote = results["accuracy_by_rollouts_vote"][-1:]
-        heads = ["set", "questions", "n", "its own", *(str(point["steps"]) for point in by_steps)]
-        heads += [f"{pick} of {point['rollouts']}" for pick, few in (("q", by_q), ("vote", by_vote)) for point in few]
-        lines = lines or [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        columns = ["set", "questions", "n", "its own", *(str(point["steps"]) for point in by_steps)]
+        columns += [f"{pick} of {row['rollouts']}" for pick, few in (("q", by_q), ("vote", by_vote)) for row in few]
+        lines = lines or [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        assert lines[0] == f"| {' | '.join(columns)} |", f"{name}: other steps or rollouts than those before"
         curves = [point["by_depth"] for point in [*by_steps, *by_q, *by_vote]]
         deepest = max(row for row, bucket in enumerate(curves[0][:-1]) if bucket["depth"] is not None)
         rows = [(-1, name.removesuffix("_smollm2"), f"{results['mean_steps_used']:.3g}"), (deepest, "", "")]
-        for row, shown, own in rows[: 1 if deepest == 0 else 2]:
+        for row, shown, own in rows[: 1 if deepest == 0 else 2]:  # with one depth, all are the deepest
             bucket, cells = curves[0][row], [f"{by_depth[row]['accuracy']:.3f}" for by_depth in curves]
             lines.append(f"| {' | '.join([shown, str(bucket['depth']), str(bucket['n']), own, *cells])} |")
     return "\n".join(lines)

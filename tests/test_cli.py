@@ -71,7 +71,9 @@ def test_train_eval_ask(config_file, tmp_path, capsys):
     assert [row["rollouts"] for row in results["accuracy_by_rollouts_vote"]] == [1, 2]
     main(["eval", str(head), "--baselines", "mlp_probe", "--max_train", "9", "--output", str(other)])
     assert json.loads(other.read_text())["baselines"][0]["train_rows"] == 9
-    assert "--max_train 9" in error_of(capsys, "eval", str(head), "--baselines", "zero_shot", "--max_train", "9")
+    assert "only probes are trained" in error_of(
+        capsys, "eval", str(head), "--baselines", "zero_shot", "--max_train", "9"
+    )
     assert "--max_examples -5" in error_of(capsys, "eval", str(head), "--max_examples", "-5")
     assert "--steps 'a'" in error_of(capsys, "eval", str(head), "--steps", "a")
 
@@ -240,7 +242,7 @@ def test_bad_flags_of_ask(head, capsys, flags, message):
     assert message in error_of(capsys, "ask", head, "Where is A ?", *flags)
 
 
-def test_release(config_file, tmp_path, capsys):
+def test_release(config_file, tmp_path, capsys, monkeypatch):
     main(["train", str(config_file), "--training.num_updates", "2"])
     head, released = tmp_path / "run" / "best", tmp_path / "adapters" / "chains"
     assert "no such file" in error_of(capsys, "release", str(head), str(released), "--questions", "none.jsonl")
@@ -251,6 +253,29 @@ def test_release(config_file, tmp_path, capsys):
     main(["ask", str(released), "A is left of B . Where is A relative to B ?"])
     expected = json.loads((released / "expected.json").read_text())
     assert expected[0]["value"] in capsys.readouterr().out
+    card = (released / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    main(["eval", str(released), "--steps", "1"])
+    assert (tmp_path / "chains_results.json").exists() and not (released / "results.json").exists()
+    assert (released / "README.md").read_text() == card
+
+
+def test_eval_of_generated_rows(config_file, tmp_path, capsys, monkeypatch):
+    main(["train", str(config_file), "--training.num_updates", "2"])
+    head = tmp_path / "run" / "best"
+    run = yaml.safe_load((head / "run.yaml").read_text())
+    generated = {"path": None, "reasoning_gym": "family_relationships", "column_mapping": {}, "choices": None}
+    run["data"] |= {**generated, "max_train_examples": 30, "max_eval_examples": 12}
+    (head / "run.yaml").write_text(yaml.safe_dump(run))
+    assert "what is generated has train, valid and test" in error_of(capsys, "eval", str(head), "--split", "tset")
+    monkeypatch.chdir(tmp_path)
+    for name, flags in {"all": [], "few": ["--max_train", "9"]}.items():
+        main(["eval", str(head), "--steps", "1", "--baselines", "linear_probe", "--output", f"{name}.json", *flags])
+    every, few = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("all", "few"))
+    assert (
+        every["data_fingerprint"] == few["data_fingerprint"]
+    )  # what is evaluated does not depend on the probe's rows
+    assert (every["baselines"][0]["train_rows"], few["baselines"][0]["train_rows"]) == (30, 9)
 
 
 def test_embed_then_train_computes_nothing_again(config_file, capsys, monkeypatch):

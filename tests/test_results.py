@@ -641,3 +641,39 @@ def test_one_table_of_all_sets(tmp_path, monkeypatch):
         "|  | LoRA, in words | 8, valid | 0.125 (0.000–1.000) | 9: 0.125 (0.000–1.000) | – | 10 | – |",
         "| | [They](S) | – | – | 9 hops: 0.5 | – | – | – |",
     ]
+
+
+def test_a_row_for_each_set_and_what_more_steps_give(tmp_path, monkeypatch):
+    def by_depth(accuracy):
+        return [{"depth": depth, "n": 8, "accuracy": accuracy} for depth in (1, 9, None, "all")]
+
+    def system(name, accuracy, **more):
+        return {"accuracy_by_depth": by_depth(accuracy), **({"name": name} if name else {}), **more}
+
+    probes = [system("linear probe, pooled states", 0.5, train_seconds=1), system("MLP probe, pooled states", 0.25)]
+    files = {
+        "results.json": system("", 0.75, split="test", train_seconds=100, baselines=probes),
+        "deep.json": system("no recursion, 16 layers once", 0.75, split="test", train_seconds=49),
+        "lora.json": system("LoRA", 0.625, split="test", train_seconds=50),
+        "test_time.json": {
+            "mean_steps_used": 4.0,
+            "accuracy_by_steps": [{"steps": steps, "by_depth": by_depth(steps / 8)} for steps in (1, 8)],
+            "accuracy_by_rollouts_q": [{"rollouts": count, "by_depth": by_depth(count / 16)} for count in (1, 4)],
+            "accuracy_by_rollouts_vote": [{"rollouts": count, "by_depth": by_depth(0.875)} for count in (1, 4)],
+        },
+    }
+    folder = tmp_path / "results" / "x"
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    monkeypatch.setitem(render.TITLES, "x", "The X")
+    assert render.matrix(["x+deep.json+lora.json"]).splitlines()[2:] == [
+        "| [The X](results/x/) | **0.750** | – | **0.750**† | – | 0.625 | 0.500 | – |"
+    ]
+    assert render.steps(["x"]).splitlines() == [
+        "| set | questions | n | its own | 1 | 8 | q of 4 | vote of 4 |",
+        "|---|---|---|---|---|---|---|---|",
+        "| x | all | 8 | 4 | 0.125 | 1.000 | 0.250 | 0.875 |",
+        "|  | 9 | 8 |  | 0.125 | 1.000 | 0.250 | 0.875 |",
+    ]
