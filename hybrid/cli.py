@@ -223,11 +223,11 @@ def command_eval(arguments: Sequence[str]) -> None:
     path = Path(parsed.output) if parsed.output else own
     path.parent.mkdir(parents=True, exist_ok=True)
     probes = {"linear_probe": linear_probe, "mlp_probe": mlp_probe}
-    roles = {role, "train"} if has_probes else {role}
-    examples = {name: load_examples(config.data, name) for name in roles}
-    if parsed.max_train is not None:  # not by the configuration, which decides what is evaluated, too
-        rows = spread_depths(examples["train"], config.data.seed, proportional=False)[: parsed.max_train]
-        examples["train"] = [examples["train"][row] for row in rows]
+    examples = {role: load_examples(config.data, role)}
+    if has_probes:  # limited here, as the configuration's limit decides what is evaluated, too
+        trained = load_examples(config.data, "train")
+        rows = spread_depths(trained, config.data.seed, proportional=False)[: parsed.max_train]
+        examples["for probes"] = [trained[row] for row in sorted(rows)]
     model = HybridModel.from_pretrained(folder)
     if model.config.asks_by_name and any(is_unnamed(example.fields) for example in examples[role]):
         warnings.warn(
@@ -262,7 +262,7 @@ def command_eval(arguments: Sequence[str]) -> None:
     if "zero_shot" in baselines:
         results["baselines"].append(zero_shot(model.backbone, examples[role]))
     for name in (name for name in probes if name in baselines):
-        results["baselines"].append(probes[name](model, embedded["train"], embedded[role]))
+        results["baselines"].append(probes[name](model, embedded["for probes"], embedded[role]))
     write_results(path, results)
     plot_steps(results, path.with_suffix(".png"))
     if path == folder / "results.json":

@@ -272,10 +272,11 @@ def test_eval_of_generated_rows(config_file, tmp_path, capsys, monkeypatch):
     for name, flags in {"all": [], "few": ["--max_train", "9"]}.items():
         main(["eval", str(head), "--steps", "1", "--baselines", "linear_probe", "--output", f"{name}.json", *flags])
     every, few = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("all", "few"))
-    assert (
-        every["data_fingerprint"] == few["data_fingerprint"]
-    )  # what is evaluated does not depend on the probe's rows
+    assert every["data_fingerprint"] == few["data_fingerprint"]  # whatever the probe is fitted on
     assert (every["baselines"][0]["train_rows"], few["baselines"][0]["train_rows"]) == (30, 9)
+    flags = ["--split", "train", "--steps", "1", "--baselines", "linear_probe", "--max_train", "9"]
+    main(["eval", str(head), *flags, "--output", "train.json"])
+    assert json.loads((tmp_path / "train.json").read_text())["accuracy_by_depth"][-1]["n"] == 30
 
 
 def test_embed_then_train_computes_nothing_again(config_file, capsys, monkeypatch):
