@@ -195,7 +195,7 @@ def command_eval(arguments: Sequence[str]) -> None:
 
     from hybrid.baselines import check_zero_shot, linear_probe, mlp_probe, zero_shot
     from hybrid.batches import embed_examples
-    from hybrid.data import load_examples, spread_depths
+    from hybrid.data import load_examples, take_examples
     from hybrid.decoder import is_unnamed
     from hybrid.evaluation import (
         accuracy_lines,
@@ -225,9 +225,8 @@ def command_eval(arguments: Sequence[str]) -> None:
     probes = {"linear_probe": linear_probe, "mlp_probe": mlp_probe}
     examples = {role: load_examples(config.data, role)}
     if has_probes:  # limited here, as the configuration's limit decides what is evaluated, too
-        trained = load_examples(config.data, "train")
-        rows = spread_depths(trained, config.data.seed, proportional=False)[: parsed.max_train]
-        examples["for probes"] = [trained[row] for row in sorted(rows)]
+        trained = examples.get("train") or load_examples(config.data, "train")
+        examples["for probes"] = take_examples(trained, parsed.max_train, config.data.seed)
     model = HybridModel.from_pretrained(folder)
     if model.config.asks_by_name and any(is_unnamed(example.fields) for example in examples[role]):
         warnings.warn(
@@ -327,8 +326,6 @@ def config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
     config = _run_of_head(folder)
     config.data.path = parsed.data or config.data.path
     role = parsed.split if parsed.split in ("train", "valid", "test") else "test"
-    if parsed.split not in (None, role) and not (config.data.path or config.data.hub_id):
-        raise ValueError(f"--split {parsed.split}: what is generated has train, valid and test")
     config.data.test_split = config.data.test_split if parsed.split in (None, role) else parsed.split
     if parsed.data and parsed.split is None and set(read_path(Path(parsed.data))) == {"train"}:
         config.data.test_split = "train[:100%]"  # a file without splits is evaluated whole

@@ -16,7 +16,7 @@ import string
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +38,8 @@ SEED_STRIDE = 10_000_000  # reasoning_gym seeds row i with seed + i: splits and 
 
 Rows = datasets.Dataset | list[dict[str, Any]]
 Bounds = tuple[str | None, str | None]  # start and stop of a slice, as written
+
+_field = lru_cache(maxsize=1024, typed=True)(Field)  # most rows ask for the same
 
 
 @dataclass(frozen=True)
@@ -89,24 +91,28 @@ def load_examples(config: DataConfig, split: str) -> list[Example]:
     if not examples:
         raise ValueError(f"no {split} rows: data.train_depths={config.train_depths}, depths of the source {depths}")
     limit = config.max_train_examples if split == "train" else config.max_eval_examples
-    return [examples[row] for row in sorted(spread_depths(examples, config.seed, proportional=False)[:limit])]
+    return take_examples(examples, limit, config.seed)
+
+
+def take_examples(examples: Sequence[Example], count: int | None, seed: int) -> list[Example]:
+    """Take at most `count` examples, spread evenly over depths, in the order they came; `None` takes all."""
+    return [examples[row] for row in sorted(spread_depths(examples, seed, proportional=False)[:count])]
 
 
 def data_fingerprint(examples: Iterable[Example]) -> str:
     """Hash everything in the examples, and their order, to 16 letters that are the same on every machine."""
-    lines = (json.dumps(_without_absent(asdict(example)), sort_keys=True) for example in examples)
+    lines = (json.dumps(_hashed(example), sort_keys=True) for example in examples)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _without_absent(row: dict[str, Any]) -> dict[str, Any]:
+def _hashed(example: Example) -> dict[str, Any]:
     """An example as it was before it could have an answer in words and steps, and fields a place."""
-    for field in row["fields"]:
-        if field["at"] is None:
-            del field["at"]
-    for column in ("answer_text", "due"):
-        if row[column] is None:
-            del row[column]
-    return row
+    row = vars(example) | {"fields": [_without_absent(vars(field), "at") for field in example.fields]}
+    return _without_absent(row, "answer_text", "due")
+
+
+def _without_absent(row: dict[str, Any], *columns: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if value is not None or key not in columns}
 
 
 def _role_examples(config: DataConfig, role: str) -> list[Example]:
@@ -117,6 +123,9 @@ def _role_examples(config: DataConfig, role: str) -> list[Example]:
             if set(parts := name.split("+")) <= set(splits):
                 splits[name] = datasets.concatenate_datasets([cast(datasets.Dataset, splits[part]) for part in parts])
     else:
+        for each in ROLES:
+            if (value := getattr(config, f"{each}_split")) != each:
+                raise ValueError(f"data.{each}_split={value!r}: generated rows have train, valid and test; omit it")
         splits = {each: _generate(config, each) for each in dict.fromkeys(("train", role))}
         found = {each: (each, None) for each in ROLES}
     name, bounds = found[role]
@@ -180,6 +189,12 @@ def read_path(path: Path) -> dict[str, Rows]:
 
 
 def _read_file(path: Path) -> datasets.Dataset:
+    about = path.stat()
+    return _read_rows(path, (about.st_size, about.st_mtime_ns))
+
+
+@lru_cache(maxsize=4)  # every role of a run asks for the file; one that has changed since is read anew
+def _read_rows(path: Path, _version: tuple[int, int]) -> datasets.Dataset:
     if path.suffix not in READERS or path.stat().st_size == 0:
         raise ValueError(f"data.path={str(path)!r}: expected a file with rows that ends in {', '.join(READERS)}")
     # Only an empty cell is missing: pandas would read the answers "None" and "NA" as missing, too.
@@ -294,7 +309,7 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     if wrong := {key: values for key, values in named.items() if not isinstance(values, list | tuple)}:
         raise ValueError(f"choices of the fields {wrong}: expected lists of texts, or set data.choices")
     fields = tuple(
-        Field(key, tuple(str(value).strip() for value in values), places.get(key)) for key, values in named.items()
+        _field(key, tuple(str(value).strip() for value in values), places.get(key)) for key, values in named.items()
     )
     if any(field.at is not None for field in fields):
         _check_places(fields, texts, (context, question))

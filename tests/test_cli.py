@@ -267,7 +267,7 @@ def test_eval_of_generated_rows(config_file, tmp_path, capsys, monkeypatch):
     generated = {"path": None, "reasoning_gym": "family_relationships", "column_mapping": {}, "choices": None}
     run["data"] |= {**generated, "max_train_examples": 30, "max_eval_examples": 12}
     (head / "run.yaml").write_text(yaml.safe_dump(run))
-    assert "what is generated has train, valid and test" in error_of(capsys, "eval", str(head), "--split", "tset")
+    assert "data.test_split='tset': generated rows" in error_of(capsys, "eval", str(head), "--split", "tset")
     monkeypatch.chdir(tmp_path)
     for name, flags in {"all": [], "few": ["--max_train", "9"]}.items():
         main(["eval", str(head), "--steps", "1", "--baselines", "linear_probe", "--output", f"{name}.json", *flags])

@@ -103,6 +103,11 @@ def test_an_answer_in_words_is_read_beside_the_answer(tmp_path):
     assert (first.answer_text, first.answers, second.answer_text) == ("It is a.", ("a",), None)
 
 
+def test_a_file_that_changed_is_read_anew(tmp_path):
+    assert len(load(numbered(6), tmp_path)) == 6
+    assert len(load(numbered(4), tmp_path)) == 4
+
+
 def test_splits_are_joined_and_what_a_slice_took_of_one_stays_away(tmp_path):
     rows = [{**row, "split": "easy" if n < 30 else "hard"} for n, row in enumerate(numbered(80))]
     settings = {"train_split": "easy+hard", "valid_split": "hard[-10:]"}
@@ -467,6 +472,8 @@ def test_bad_tasks_are_refused():
     pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match="sudokus.*sudoku, mini_sudoku"):
         load_examples(DataConfig(reasoning_gym="sudokus"), "train")
+    with pytest.raises(ValueError, match=r"data\.valid_split='train\[-5%:\]': generated rows"):
+        load_examples(DataConfig(reasoning_gym="sudoku", valid_split="train[-5%:]"), "train")
     with pytest.raises(ValueError, match="task_parameters.*sudoku.*'colour'"):
         load_examples(DataConfig(reasoning_gym="sudoku", task_parameters={"colour": 1}), "train")
 
