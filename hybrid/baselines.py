@@ -26,11 +26,20 @@ from hybrid.model import HybridModel
 # -- zero-shot -----------------------------------------------------------------------------------------------------
 
 
-def zero_shot(backbone: Backbone, examples: Sequence[Example], progress: bool = True) -> dict[str, Any]:
+def zero_shot(
+    backbone: Backbone, examples: Sequence[Example], progress: bool = True, *, end: str = ""
+) -> dict[str, Any]:
     """Answer with the frozen model alone: the option whose text is most likely after the prompt.
 
     The prompt is `context question`, then `Answer:` (or the field's name) on a new line. Log-likelihoods are summed
-    over an option's tokens (`acc` of lm-evaluation-harness); `accuracy_normalized` divides them by its bytes.
+    over an option's tokens (`acc` of lm-evaluation-harness); `accuracy_normalized` divides them by its bytes. Without
+    an `end`, an option that begins with another one (`son-in-law`) is never more likely than that.
+
+    Args:
+        backbone: The frozen model.
+        examples: What is asked.
+        progress: Show a progress bar.
+        end: What follows an option, if the model was trained to end an answer so.
 
     Raises:
         ValueError: The backbone is no causal language model.
@@ -41,7 +50,7 @@ def zero_shot(backbone: Backbone, examples: Sequence[Example], progress: bool = 
         start = time.perf_counter()
         summed, per_byte = [], []
         for field, answer in example.answered:
-            scores = option_log_likelihoods(backbone, answer_prompt(example, field), field.options)
+            scores = option_log_likelihoods(backbone, answer_prompt(example, field), field.options, end)
             num_bytes = torch.tensor([len(option.encode()) for option in field.options])
             summed.append(field.options[int(scores.argmax())] == answer)
             per_byte.append(field.options[int((scores / num_bytes).argmax())] == answer)
@@ -72,15 +81,15 @@ def answer_prompt(example: Example, field: Field) -> str:
 
 
 @torch.inference_mode()
-def option_log_likelihoods(backbone: Backbone, prompt: str, options: Sequence[str]) -> Tensor:
-    """Log-likelihood, in nats, of each option's text after a prompt; the prompt is computed once.
+def option_log_likelihoods(backbone: Backbone, prompt: str, options: Sequence[str], end: str = "") -> Tensor:
+    """Log-likelihood, in nats, of each option's text, and of `end`, after a prompt; the prompt is computed once.
 
     Returns:
         Tensor of shape (options,).
     """
     tokenizer, model = backbone.tokenizer, backbone.model
     token_ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=backbone.device)
-    encoded = tokenizer([f" {option}" for option in options], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer([f" {option}{end}" for option in options], add_special_tokens=False)["input_ids"]
     cache = DynamicCache(config=model.config)
     first = model(input_ids=token_ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
     longest = max(map(len, encoded))
@@ -170,13 +179,13 @@ def _probe(
     seed: int,
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    order = _drawn(train, max_train, seed)
-    features, _ = _pooled(model, train, order)
+    order, named = _drawn(train, max_train, seed), max(train.num_fields, test.num_fields) > 1
+    features, _ = _pooled(model, train, order, named)
     options = sorted({option for row in order for field in train.examples[row].fields for option in field.options})
     labels = _labels(train, order, options)
     probe, accuracy = fit(features, labels, len(options))
     test_rows = list(range(len(test)))
-    test_features, owners = _pooled(model, test, test_rows)
+    test_features, owners = _pooled(model, test, test_rows, named)
     with torch.no_grad():
         logits = probe(test_features)
     logits = logits.masked_fill(~_offered(test, test_rows, options), float("-inf"))
@@ -283,8 +292,11 @@ def _fit(features: Tensor, labels: Tensor, num_classes: int, weight_decay: float
     return linear
 
 
-def _pooled(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Pooled states of each (row, field with an answer) pair, and the position in `rows` that it belongs to."""
+def _pooled(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int], named: bool) -> tuple[Tensor, Tensor]:
+    """Pooled states of each (row, field with an answer) pair, and the position in `rows` that it belongs to.
+
+    With `named`, the vector of the field's name follows them.
+    """
     pooled: dict[int, Tensor] = {}
     for batch in length_batches([examples.lengths[row] for row in rows], 8192):
         hidden_states, mask, _, _ = examples.batch(model, [rows[position] for position in batch])
@@ -294,7 +306,7 @@ def _pooled(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int])
         pooled.update(zip(batch, torch.cat([mean, last], dim=1), strict=True))
     owners = [position for position, row in enumerate(rows) for _ in examples.examples[row].answered]
     features = torch.stack([pooled[position] for position in owners])
-    if examples.num_fields > 1:
+    if named:
         names = [field.name for row in rows for field, _ in examples.examples[row].answered]
         unique = sorted(set(names))
         vectors = model.backbone.text_vectors(unique).cpu()

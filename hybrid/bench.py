@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
 import os
 import statistics
 import subprocess
@@ -395,7 +396,7 @@ def _one_question(bench: Bench, model: HybridModel, embedded: EmbeddedExamples) 
 def _cold_start(folder: str, example: Example, device: torch.device) -> Row:
     command = [sys.executable, "-m", "hybrid", "ask", folder, example.question, "--verbose"]
     command += ["--context", example.context] if example.context else []
-    command += ["--choices", ",".join(example.fields[0].options)]
+    command += ["--fields", json.dumps({field.name: list(field.options) for field in example.fields})]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
     times, note = [], ""
     for _ in range(REPEATS):

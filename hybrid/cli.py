@@ -171,7 +171,10 @@ def command_eval(arguments: Sequence[str]) -> None:
         "--baselines", type=str, default="", help="any of zero_shot,linear_probe,mlp_probe, to stand beside"
     )
     parser.add_argument(
-        "--max_train", type=int | None, default=None, help="training rows to embed for probes; by default all"
+        "--max_train",
+        type=int | None,
+        default=None,
+        help="training rows to embed for probes, by default all; they fit 10,000 answers at most, the MLP 50,000",
     )
     parser.add_argument(
         "--output",
@@ -180,6 +183,7 @@ def command_eval(arguments: Sequence[str]) -> None:
         help="result file; by default HEAD/results.json, and the card; of a released head NAME_results.json here",
     )
     parsed = _parse(parser, arguments)
+    output = _result_file(parsed.output) if parsed.output else None
     steps = _numbers("--steps", parsed.steps)
     rollouts = _numbers("--rollouts", parsed.rollouts) if parsed.rollouts else []
     baselines = [name for name in parsed.baselines.split(",") if name]
@@ -212,16 +216,17 @@ def command_eval(arguments: Sequence[str]) -> None:
     folder = Path(parsed.head)
     config, role = config_of_head(folder, parsed)
     if (folder / "adapter_config.json").exists():
-        if baselines:
-            raise ValueError("--baselines stand beside a head: this folder holds a LoRA adapter")
-        _evaluate_lora(folder, config, role, parsed, shlex.join(["hybrid", "eval", *arguments]))
+        for flag, given in {"--baselines": baselines, "--rollouts": rollouts}.items():
+            if given:
+                raise ValueError(f"{flag}: of a head alone, and {folder} holds a LoRA adapter")
+        path = output or folder / "results.json"
+        _evaluate_lora(folder, config, role, path, shlex.join(["hybrid", "eval", *arguments]))
         return
     own = folder / "results.json"
     is_released = (folder / "expected.json").exists()
     if is_released:  # it keeps its figures
         own = Path(f"{folder.name}_results.json")
-    path = Path(parsed.output) if parsed.output else own
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = output or own
     probes = {"linear_probe": linear_probe, "mlp_probe": mlp_probe}
     examples = {role: load_examples(config.data, role)}
     if has_probes:  # limited here, as the configuration's limit decides what is evaluated, too
@@ -260,6 +265,7 @@ def command_eval(arguments: Sequence[str]) -> None:
         results |= run_rollouts(model, embedded[role], rollouts)
     if "zero_shot" in baselines:
         results["baselines"].append(zero_shot(model.backbone, examples[role]))
+        write_results(path, results)
     for name in (name for name in probes if name in baselines):
         results["baselines"].append(probes[name](model, embedded["for probes"], embedded[role]))
     write_results(path, results)
@@ -274,9 +280,7 @@ def command_eval(arguments: Sequence[str]) -> None:
     print(f"mean steps {results['mean_steps_used']:.2f}; written: {path}, {path.with_suffix('.png')}")
 
 
-def _evaluate_lora(folder: Path, config: RunConfig, role: str, parsed: Any, command: str) -> None:
-    from pathlib import Path
-
+def _evaluate_lora(folder: Path, config: RunConfig, role: str, path: Path, command: str) -> None:
     from hybrid.data import data_fingerprint, load_examples
     from hybrid.evaluation import accuracy_lines, provenance, write_results
     from hybrid.lora import evaluate_lora
@@ -289,9 +293,19 @@ def _evaluate_lora(folder: Path, config: RunConfig, role: str, parsed: Any, comm
         **evaluate_lora(folder, config, examples),
         **provenance(command, config.training.seed),
     }
-    path = Path(parsed.output) if parsed.output else folder / "results.json"
     write_results(path, results)
     print(f"{accuracy_lines(results)}\nwritten: {path}")
+
+
+def _result_file(text: str) -> Path:
+    """Where results will go, made ready before they are computed."""
+    from pathlib import Path
+
+    path = Path(text)
+    if path.is_dir():
+        raise ValueError(f"--output {text}: expected the name of a file, this is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _numbers(flag: str, text: str) -> list[int]:
@@ -581,8 +595,8 @@ def command_harness(arguments: Sequence[str]) -> None:
         raise ValueError(f"--data {wrong[0]}: expected TASK=FILE, separated by commas")
     if parsed.limit is not None and parsed.limit <= 0:
         raise ValueError(f"--limit {parsed.limit:g}: expected a number > 0")
+    path = _result_file(parsed.output)
     import shlex
-    from pathlib import Path
 
     try:
         import lm_eval  # noqa: F401  only to see whether it is there
@@ -613,8 +627,6 @@ def command_harness(arguments: Sequence[str]) -> None:
         return  # the first process writes
     results, samples = found
     results |= provenance(shlex.join(["hybrid", "harness", *arguments]), head.refinement["seed"])
-    path = Path(parsed.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_results(path, results)
     write_samples(path, samples)
     print(f"{harness_lines(results)}\n{results['config']['loglikelihood']}\nwritten: {path}")
@@ -684,9 +696,7 @@ def command_bench(arguments: Sequence[str]) -> None:
     trm_file = "models/recursive_reasoning/trm.py"
     if parsed.trm_path is not None and not (Path(parsed.trm_path) / trm_file).exists():
         raise ValueError(f"--trm-path {parsed.trm_path}: no {trm_file} there; give a checkout of the reference code")
-    if Path(parsed.output).is_dir():
-        raise ValueError(f"--output {parsed.output} is a folder: give a file")
-    Path(parsed.output).parent.mkdir(parents=True, exist_ok=True)
+    output = _result_file(parsed.output)
     config = replace(quickstart_config("runs/bench"), reasoner=ReasonerConfig())
     if parsed.data is not None:
         config.data = replace(config.data, choices=None)
@@ -704,8 +714,8 @@ def command_bench(arguments: Sequence[str]) -> None:
     backbone = load_backbone(config.backbone, parsed.device)
     results = run_bench(backbone, config, texts, head, parsed.trm_path)
     results |= provenance(shlex.join(["hybrid", "bench", *arguments]), config.training.seed)
-    write_results(Path(parsed.output), results)
-    print(markdown_table(results) if parsed.md else f"written: {parsed.output}")
+    write_results(output, results)
+    print(markdown_table(results) if parsed.md else f"written: {output}")
 
 
 def command_env(arguments: Sequence[str]) -> None:

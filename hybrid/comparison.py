@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lm_eval
+import yaml
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
@@ -19,8 +20,8 @@ from lm_eval.utils import handle_non_serializable
 
 from hybrid.baselines import check_zero_shot
 from hybrid.batches import embed_examples
-from hybrid.config import FeatureConfig
-from hybrid.documents import TASKS, Documents, read_splits
+from hybrid.config import BackboneConfig, FeatureConfig, TextConfig
+from hybrid.documents import TASKS, Documents, has_splits, read_splits
 from hybrid.evaluation import accuracy_row, run_steps
 from hybrid.harness import FrozenLM, HybridLM, quiet_lm_eval
 from hybrid.lora import check_lora_folder, load_lora
@@ -54,7 +55,8 @@ def load_tasks(
         num_fewshot: Examples before each question; those of shipped tasks come from the training split.
 
     Raises:
-        ValueError: A task, or the split of one, does not exist, or data are given for a group of tasks.
+        ValueError: A task, or the split of one, does not exist, data are given for a group of tasks, or examples come
+            from a file without splits.
     """
     if split not in (None, *SPLITS):
         raise ValueError(f"split={split!r}: expected 'valid', 'test' or 'train'")
@@ -111,6 +113,13 @@ def _changes(entry: Any, data_files: str | None, split: str | None, num_fewshot:
         raise ValueError(f"task {entry.name!r} has no {SPLITS[split]}; it has {', '.join(present)}")
     elif split:
         changes["test_split"] = config[SPLITS[split]]
+        if split == "train":  # lm-eval leaves out the question asked where it knows that the two are one
+            changes["fewshot_split"] = config.get("fewshot_split") or config[SPLITS[split]]
+    if data_files and num_fewshot and not is_shipped and not has_splits(data_files):
+        raise ValueError(
+            f"{data_files} has no column `split`: with num_fewshot={num_fewshot} the examples would be among the"
+            " questions; add the column"
+        )
     if data_files and is_shipped:
         changes |= {
             "dataset_path": data_files,
@@ -155,6 +164,9 @@ def run_harness(
         ValueError: A task asks for what the head cannot do, or there is nothing of that name to compare with.
     """
     others = dict(_other(head, item) for item in compare if item != "eval")
+    own = head.refinement
+    if "eval" in compare and (own["rollouts"] > 1 or own["halting"] not in (None, head.model.config.reasoner.halting)):
+        raise ValueError("compare eval: it runs one copy that halts as the head does; leave out rollouts and halting")
     for task in flat(tasks):
         _check_servable(head, task)
     rows, samples = [], {}
@@ -195,10 +207,27 @@ def _other(head: HybridLM, item: str) -> tuple[str, Callable[[], FrozenLM]]:
         check_zero_shot(head.model.backbone)
         return "frozen LLM", lambda: FrozenLM(head.model.backbone, head.batch_size or 1)
     if kind == "lora" and folder:
-        check_lora_folder(Path(folder))
-        config = head.model.config.backbone
+        config = _backbone_of_lora(Path(folder), head.model.config.backbone)
         return "LoRA", lambda: FrozenLM(load_lora(Path(folder), config, head.device)[0], head.batch_size or 1)
     raise ValueError(f"compare {item!r}: expected backbone, lora=FOLDER or eval")
+
+
+def _backbone_of_lora(folder: Path, config: BackboneConfig) -> BackboneConfig:
+    """The backbone of a head, if an adapter was trained on it, with the prompts that language models get here."""
+    check_lora_folder(folder)
+    if not (folder / "run.yaml").exists():
+        return config
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    for name in ("name_or_path", "revision", "gguf_file"):
+        if run["backbone"].get(name) != getattr(config, name):
+            raise ValueError(
+                f"compare lora={folder}: trained with backbone.{name}={run['backbone'].get(name)!r}, the head has"
+                f" {getattr(config, name)!r}"
+            )
+    plain = TextConfig()
+    if run["text"]["enabled"] and (run["text"]["chat"], run["text"]["suffix"]) != (plain.chat, plain.suffix):
+        raise ValueError(f"compare lora={folder}: it was trained on other prompts (text.chat, text.suffix)")
+    return config
 
 
 def _check_servable(head: HybridLM, task: ConfigurableTask) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -97,8 +97,9 @@ def load(data: Mapping[str, Any], data_files: str | None = None, **metadata: Any
     """
     config = DataConfig(**data)
     config.path = data_files or config.path
-    config.max_train_examples = min(config.max_train_examples or MAX_TRAIN_EXAMPLES, MAX_TRAIN_EXAMPLES)
-    return Documents(lambda split: load_examples(config, split))
+    few = replace(config, max_train_examples=min(config.max_train_examples or MAX_TRAIN_EXAMPLES, MAX_TRAIN_EXAMPLES))
+    # What is generated leaves out training questions, of which a head may have seen all.
+    return Documents(lambda split: load_examples(few if split == "train" else config, split))
 
 
 def load_sudoku(data: Mapping[str, Any], data_files: str | None = None, **metadata: Any) -> Documents:
@@ -136,16 +137,15 @@ def read_splits(data_files: str, splits: Sequence[str], **metadata: Any) -> dict
 
     Args:
         data_files: A file, split by its column `split`, or a folder with a file for each split. A file without the
-            column is the split to evaluate, whichever that is.
+            column is the split to evaluate, whichever that is (`has_splits`).
         splits: The splits that the task names.
         **metadata: Ignored.
 
     Raises:
         ValueError: A split is missing.
     """
-    path = Path(data_files).expanduser()
-    found = cast(dict[str, datasets.Dataset], read_path(path))
-    if path.is_file() and "split" not in next(iter(found.values())).column_names:
+    found = cast(dict[str, datasets.Dataset], read_path(Path(data_files).expanduser()))
+    if not has_splits(data_files):
         return dict.fromkeys(splits, found["train"])
     for split in splits:
         same = next((name for name in VALID_NAMES if name in found), split) if split in VALID_NAMES else split
@@ -153,3 +153,9 @@ def read_splits(data_files: str, splits: Sequence[str], **metadata: Any) -> dict
             raise ValueError(f"{data_files} has no split {split!r}, which the task names; there are {sorted(found)}")
         found[split] = found[same]
     return found
+
+
+def has_splits(data_files: str) -> bool:
+    """Whether a local copy tells its splits apart."""
+    path = Path(data_files).expanduser()
+    return path.is_dir() or "split" in cast(datasets.Dataset, next(iter(read_path(path).values()))).column_names

@@ -301,7 +301,8 @@ def accuracy_lines(results: dict[str, Any], *others: dict[str, Any]) -> str:
 
     Answers of several fields are whole answers; the share of single fields that are right has a row of its own.
     """
-    systems: list[dict[str, Any]] = [{"name": "head", **results}, *results.get("baselines", []), *others]
+    beside = [{"device": results.get("device"), **baseline} for baseline in results.get("baselines", [])]
+    systems: list[dict[str, Any]] = [{"name": "head", **results}, *beside, *others]
     names = [system["name"] for system in systems]
     lines = ["| depth | n | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(systems)]
     for number, row in enumerate(results["accuracy_by_depth"]):
@@ -408,7 +409,8 @@ def harness_fields(name: str, figures: dict[str, Any], model_arguments: str, see
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write a result file, whole or not at all."""
+    """Write a result file, whole or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=2) + "\n")
     partial.replace(path)

@@ -30,6 +30,10 @@ from hybrid.losses import IGNORED
 RANK = 16
 TOKENS_AT_ONCE = 8192  # logits of a batch are large: tokens × vocabulary
 ROWS_AT_ONCE = 16
+DECAYS: dict[str, dict[str, Any]] = {  # as in the training of heads
+    "constant": {"lr_scheduler_type": "constant_with_warmup"},
+    "cosine": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+}
 
 
 def train_lora(config: RunConfig, resume: bool = False) -> Path:
@@ -72,7 +76,7 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
             warmup_steps=settings.warmup_updates,
-            lr_scheduler_type=settings.decay,
+            **DECAYS[settings.decay],
             max_grad_norm=settings.max_grad_norm,
             bf16=backbone.dtype == torch.bfloat16,
             use_cpu=backbone.device.type == "cpu",
@@ -97,11 +101,14 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
 def evaluate_lora(folder: Path, config: RunConfig, examples: Sequence[Example]) -> dict[str, Any]:
     """Accuracy by depth of an adapter that `train_lora` made.
 
-    It is scored as `zero_shot` scores the frozen model; trained in words (`text.enabled`), by what it writes greedily
-    (`is_answer`).
+    It is scored as `zero_shot` scores the frozen model, with the end that training set after an answer; trained in
+    words (`text.enabled`), by what it writes greedily (`is_answer`).
     """
     tuned, num_parameters = load_lora(folder, config.backbone)
-    figures = _written(tuned, config.text, examples) if config.text.enabled else zero_shot(tuned, examples)
+    if config.text.enabled:
+        figures = _written(tuned, config.text, examples)
+    else:
+        figures = zero_shot(tuned, examples, end=_end(tuned.tokenizer))
     name = "LoRA, in words" if config.text.enabled else "LoRA"
     return {**figures, "name": name, "num_parameters": num_parameters, **training_cost(folder)}
 
@@ -136,7 +143,10 @@ def load_lora(folder: Path, config: BackboneConfig, device: str | torch.device |
     model = peft.PeftModel.from_pretrained(backbone.model, folder)
     num_parameters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     tuned: Any = model.merge_and_unload()
-    return Backbone(tuned, backbone.tokenizer, name=f"{backbone.name} with LoRA"), num_parameters
+    settings: dict[str, Any] = {
+        "layers": backbone.layers, "template": backbone.template, "memory": backbone.memory,
+    }  # fmt: skip
+    return Backbone(tuned, backbone.tokenizer, name=f"{backbone.name} with LoRA", **settings), num_parameters
 
 
 def _rows_at_once(batch_size: int, longest: int) -> int:
@@ -154,8 +164,7 @@ def _rows(backbone: Backbone, examples: Sequence[Example], text: TextConfig) -> 
     else:
         asked = [(example, field, answer) for example in examples for field, answer in example.answered]
         prompts = backbone.tokenizer([answer_prompt(example, field) for example, field, _ in asked])["input_ids"]
-        end = backbone.tokenizer.eos_token or ""
-        words = [f" {answer}{end}" for *_, answer in asked]
+        words = [f" {answer}{_end(backbone.tokenizer)}" for *_, answer in asked]
         answers = backbone.tokenizer(words, add_special_tokens=False)["input_ids"]
     return [
         {
@@ -165,6 +174,11 @@ def _rows(backbone: Backbone, examples: Sequence[Example], text: TextConfig) -> 
         }
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
+
+
+def _end(tokenizer: Any) -> str:
+    """What follows an answer."""
+    return tokenizer.eos_token or ""
 
 
 def _padding(tokenizer: Any) -> Any:

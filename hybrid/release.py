@@ -19,7 +19,7 @@ from hybrid.model import HybridModel
 
 EXPECTED = "expected.json"
 TOLERANCE = 0.02  # bfloat16 products differ a little between machines
-COPIED = ("run.yaml", "results.json", "results.png", "written.json")
+FIGURES = ("results.json", "results.png", "written.json")
 
 
 def release(
@@ -39,7 +39,8 @@ def release(
         questions: Each with `question`, and optionally `context`, `choices`, or `fields` (name → options, or a list of
             `{name, options, at}`). They are published with the head, so they must not come from data that may not be.
         backbone: A loaded backbone to share.
-        halting: How the released head halts by default, if not as it was trained.
+        halting: How the released head halts by default, if not as it was trained. What was measured before does not
+            hold for it then and is not copied.
         max_steps: Its refinement steps at most, likewise.
 
     Raises:
@@ -52,13 +53,15 @@ def release(
         raise ValueError("no questions: a release records how it answers some")
     model = HybridModel.from_pretrained(head, backbone, dtype=torch.bfloat16)
     own = model.config.reasoner
-    changes: dict[str, Any] = {"halting": halting or own.halting, "max_steps": max_steps or own.max_steps}
+    given = {"halting": halting, "max_steps": max_steps}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     model.config.reasoner = replace(own, **changes)
+    copied = ("run.yaml", *(FIGURES if model.config.reasoner == own else ()))
     expected = [{**question, **_recorded(_ask(model, question))} for question in questions]
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for path in [*(head / name for name in COPIED), head.parent / "log.jsonl"]:
+    for path in [*(head / name for name in copied), head.parent / "log.jsonl"]:
         if path.exists():
             shutil.copy(path, partial)
     model.save_pretrained(partial)

@@ -167,7 +167,8 @@ def systems_of(part: str) -> list[dict[str, Any]]:
     folder = ROOT / "results" / name
     results = json.loads((folder / "results.json").read_text())
     systems = [{"name": "**head**", **results}]
-    systems += [{"split": results["split"], **baseline} for baseline in results.get("baselines", [])]
+    measured = {"split": results["split"], "device": results.get("device")}
+    systems += [measured | baseline for baseline in results.get("baselines", [])]
     for other in others:
         found = json.loads((folder / other).read_text())
         written = [system | {"name": f"{system['name']}, in words"} for system in found.get("exact_match", [])]

@@ -66,14 +66,13 @@ def main(arguments: Sequence[str]) -> None:
         "train_seconds": seconds,
         "num_updates": update,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "milliseconds_per_question": 1000 * (time.monotonic() - start) / len(examples),
+        "milliseconds_per_question_in_batches": 1000 * (time.monotonic() - start) / len(examples),
         "num_fields": len(examples[0].fields),
         "field_accuracy": cells,
         "accuracy_by_depth": by_depth(right, examples),
         "sizes": sizes,
         **provenance(shlex.join(["python", "results/trm.py", *arguments]), config.training.seed),
     }
-    parsed.output.parent.mkdir(parents=True, exist_ok=True)
     write_results(parsed.output, results)
     print(json.dumps(results["accuracy_by_depth"][-1]), f"cells {cells:.3f}")
 

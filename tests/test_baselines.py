@@ -43,6 +43,18 @@ def test_log_likelihoods_are_those_of_the_whole_text(backbone):
         assert score == pytest.approx(expected, abs=1e-4)
 
 
+def test_an_end_lets_an_option_that_begins_with_another_win(backbone):
+    options, end = ["left", "left of"], "below"
+    alone, ended = (option_log_likelihoods(backbone, PROMPT, options, each) for each in ("", f" {end}"))
+    assert alone[1] < alone[0]  # whatever the model believes
+    prompt_ids, end_id = backbone.tokenizer(PROMPT)["input_ids"], backbone.tokenizer.convert_tokens_to_ids(end)
+    for option, score, without in zip(options, ended.tolist(), alone.tolist(), strict=True):
+        with torch.no_grad():
+            ids = [*prompt_ids, *backbone.tokenizer(f" {option}")["input_ids"]]
+            logits = backbone.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert score == pytest.approx(without + float(logits[end_id]), abs=1e-4)
+
+
 def test_zero_shot_picks_the_likeliest_option(backbone):
     examples = chain_examples(8)
     result = zero_shot(backbone, examples, progress=False)
@@ -103,6 +115,13 @@ def test_probes_count_answers(model, backbone, tmp_path):
     asked = {"train": rows[:60], "test": rows[60:]}
     embedded = embed_examples(FeatureConfig(folder=str(tmp_path)), backbone, asked, progress=False)
     assert linear_probe(model, embedded["train"], embedded["test"], max_train=41)["train_rows"] == 20
+
+
+def test_probes_take_rows_with_more_fields_than_are_asked(model, backbone, tmp_path):
+    rows = chain_examples(68)
+    asked = {"train": [replace(e, fields=e.fields * 2, answers=e.answers * 2) for e in rows[:60]], "test": rows[60:]}
+    embedded = embed_examples(FeatureConfig(folder=str(tmp_path)), backbone, asked, progress=False)
+    assert linear_probe(model, embedded["train"], embedded["test"])["accuracy_by_depth"][-1]["n"] == 8
 
 
 def test_what_has_no_answer_is_not_counted(model, backbone, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_cli import error_of
 from test_training import write_data
 from transformers import DataCollatorForSeq2Seq
 
@@ -128,3 +129,6 @@ def test_lora_from_the_command_line(config, tmp_path, capsys):
     assert "| depth | n | LoRA |" in capsys.readouterr().out
     results = json.loads((adapter / "results.json").read_text())
     assert results["name"] == "LoRA" and results["accuracy_by_depth"][-1]["n"] == 16
+    main(["eval", str(adapter), "--split", "valid", "--output", str(tmp_path / "new" / "lora.json")])
+    assert (tmp_path / "new" / "lora.json").exists()
+    assert "--rollouts: of a head alone" in error_of(capsys, "eval", str(adapter), "--rollouts", "4")

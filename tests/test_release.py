@@ -120,8 +120,13 @@ def test_release_refuses_what_would_be_lost_or_empty(released, backbone, tmp_pat
 
 
 def test_released_head_halts_as_it_is_told(released, backbone, tmp_path):
+    (tmp_path / "run" / "best" / "results.png").write_bytes(b"")  # of the steps that it was trained with
+    release(tmp_path / "run" / "best", tmp_path / "same", QUESTIONS, backbone, halting=None, max_steps=None)
+    assert (tmp_path / "same" / "results.png").exists()
     release(tmp_path / "run" / "best", tmp_path / "new", QUESTIONS, backbone, halting="never", max_steps=5)
     assert [row["steps"] for row in json.loads((tmp_path / "new" / "expected.json").read_text())] == [5, 5, 5]
     assert HybridModel.from_pretrained(tmp_path / "new", backbone).config.reasoner.max_steps == 5
-    with pytest.raises(ValueError, match="max_steps=-1"):
-        release(tmp_path / "run" / "best", tmp_path / "other", QUESTIONS, backbone, max_steps=-1)
+    assert not (tmp_path / "new" / "results.png").exists()
+    for wrong in (-1, 0):
+        with pytest.raises(ValueError, match=f"max_steps={wrong}"):
+            release(tmp_path / "run" / "best", tmp_path / "other", QUESTIONS, backbone, max_steps=wrong)
