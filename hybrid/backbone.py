@@ -185,8 +185,10 @@ class Backbone:
         self.num_layers: int = config.num_hidden_layers
         self.max_tokens: int | None = getattr(config, "max_position_embeddings", None)
         self.layers = list(layers) if layers is not None else default_layers(self.num_layers)
-        if max(self.layers) > self.num_layers:
-            raise ValueError(f"backbone.layers={self.layers}: {name} has layers 0 to {self.num_layers}")
+        self._check_settings()
+        embedding_dim = self.embed_tokens(torch.zeros(1, dtype=torch.long)).shape[1]
+        if embedding_dim != self.dim:
+            raise ValueError(f"{name} has embeddings of width {embedding_dim} and states of {self.dim}: not supported")
         encoder = model.get_encoder() if config.is_encoder_decoder else getattr(model, "base_model", model)
         self._short_encoder: nn.Module = _short_encoder(encoder, self.device)
         self.encoder: nn.Module = encoder
@@ -264,13 +266,19 @@ class Backbone:
         """The same frozen model read at other layers, or otherwise; weights are shared.
 
         Raises:
-            ValueError: The model has no such layer.
+            ValueError: The model has no such layer, or there is no such template or memory.
         """
-        if max(layers) > self.num_layers:
-            raise ValueError(f"backbone.layers={list(layers)}: {self.name} has layers 0 to {self.num_layers}")
         other = copy.copy(self)
         other.layers, other.template, other.memory = list(layers), template, memory
+        other._check_settings()
         return other
+
+    def _check_settings(self) -> None:
+        template: Any = self.template
+        memory: Any = self.memory
+        BackboneConfig(layers=self.layers, template=template, memory=memory)
+        if max(self.layers) > self.num_layers:
+            raise ValueError(f"backbone.layers={self.layers}: {self.name} has layers 0 to {self.num_layers}")
 
     @property
     def stored_layers(self) -> list[int]:
@@ -519,7 +527,7 @@ class Backbone:
         if self._vocabulary_statistics is None:
             deviation, mean = torch.std_mean(weight.float(), dim=0)
             self._vocabulary_statistics = mean, deviation.clamp(min=1e-6)
-        mean, deviation = self._vocabulary_statistics
+        mean, deviation = (statistic.to(weight.device) for statistic in self._vocabulary_statistics)
         encoded = self.tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
         means = [weight[torch.tensor(ids, device=weight.device)].float().mean(0) for ids in encoded]
         return (torch.stack(means) - mean) / deviation

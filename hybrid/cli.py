@@ -341,8 +341,10 @@ def config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
     config.data.path = parsed.data or config.data.path
     role = parsed.split if parsed.split in ("train", "valid", "test") else "test"
     config.data.test_split = config.data.test_split if parsed.split in (None, role) else parsed.split
+    if parsed.data and config.data.choices is None:  # what the head chooses among, not what the answers happen to be
+        config.data.choices = _choices_of(folder)
     if parsed.data and parsed.split is None and set(read_path(Path(parsed.data))) == {"train"}:
-        config.data.test_split = "train[:100%]"  # a file without splits is evaluated whole
+        config.data.valid_split, config.data.test_split = "valid", "train[:100%]"  # such a file is evaluated whole
     if parsed.max_examples is not None:
         if parsed.max_examples < 1:
             raise ValueError(f"--max_examples {parsed.max_examples}: expected a number > 0")
@@ -350,6 +352,18 @@ def config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
         if role == "train":
             config.data.max_train_examples = parsed.max_examples
     return config, role
+
+
+def _choices_of(folder: Path) -> list[str] | None:
+    """The choices that a head, or an adapter, had in every training question."""
+    import json
+
+    if (path := folder / "config.json").exists():
+        return json.loads(path.read_text()).get("choices")
+    from hybrid.batches import common_options
+    from hybrid.data import load_examples
+
+    return common_options(load_examples(_run_of_head(folder).data, "train"))
 
 
 def command_ask(arguments: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -22,6 +22,14 @@ SMOLLM2 = "smollm2"  # the embedded default backbone, see `backbone.py`
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def _check_literals(config: Any, section: str) -> None:
+    """Refuse a word that is none of those a field takes: Python does not."""
+    for name, kind in get_type_hints(type(config)).items():
+        words = [word for each in (kind, *get_args(kind)) if get_origin(each) is Literal for word in get_args(each)]
+        if words and (value := getattr(config, name)) is not None:
+            _check(value in words, f"{section}.{name}", value, " or ".join(words))
 
 
 @dataclass(kw_only=True)
@@ -57,6 +65,7 @@ class BackboneConfig:
     gguf_file: str | None = None
 
     def __post_init__(self):
+        _check_literals(self, "backbone")
         _check(bool(self.name_or_path), "backbone.name_or_path", self.name_or_path, "a model name or folder")
         if self.layers is not None:
             _check(
@@ -90,6 +99,7 @@ class AdapterConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
+        _check_literals(self, "adapter")
         _check(self.num_vectors > 0, "adapter.num_vectors", self.num_vectors, "a number > 0")
         _check(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "a fraction in [0, 1)")
 
@@ -138,6 +148,7 @@ class ReasonerConfig:
     state_noise: float = 0.0
 
     def __post_init__(self):
+        _check_literals(self, "reasoner")
         for name in ("dim", "num_heads", "intermediate_size", "num_layers", "num_cycles"):
             _check(getattr(self, name) > 0, f"reasoner.{name}", getattr(self, name), "a number > 0")
         _check(self.num_latent_passes >= 0, "reasoner.num_latent_passes", self.num_latent_passes, "a number ≥ 0")
@@ -252,6 +263,7 @@ class FeatureConfig:
     token_budget: int = 2048
 
     def __post_init__(self):
+        _check_literals(self, "features")
         _check(self.token_budget > 0, "features.token_budget", self.token_budget, "a number > 0")
 
 
@@ -347,6 +359,8 @@ class TrainingConfig:
     trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self):
+        _check_literals(self, "training")
+        _check(self.seed >= 0, "training.seed", self.seed, "a number ≥ 0")
         for name in (
             "num_updates", "batch_size", "gradient_accumulation_steps", "eval_every", "save_every", "log_every",
         ):  # fmt: skip
@@ -359,10 +373,10 @@ class TrainingConfig:
         _check(all(0 <= beta < 1 for beta in self.betas), "training.betas", self.betas, "two numbers in [0, 1)")
         _check(self.patience is None or self.patience > 0, "training.patience", self.patience, "> 0, or null")
         _check(
-            self.curriculum is None or 0 < self.curriculum <= 1,
+            self.curriculum is None or 0 < self.curriculum < 1,
             "training.curriculum",
             self.curriculum,
-            "a share in (0, 1], or null",
+            "a share in (0, 1), or null",
         )
         _check(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
         _check(0 <= self.halt_exploration <= 1, "training.halt_exploration", self.halt_exploration, "in [0, 1]")

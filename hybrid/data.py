@@ -6,10 +6,12 @@ could trip over (a missing column, an answer outside the options) is refused her
 
 from __future__ import annotations
 
+import csv
 import difflib
 import hashlib
 import json
 import math
+import operator
 import random
 import re
 import string
@@ -17,7 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -197,8 +199,9 @@ def _read_file(path: Path) -> datasets.Dataset:
 def _read_rows(path: Path, _version: tuple[int, int]) -> datasets.Dataset:
     if path.suffix not in READERS or path.stat().st_size == 0:
         raise ValueError(f"data.path={str(path)!r}: expected a file with rows that ends in {', '.join(READERS)}")
-    # Only an empty cell is missing: pandas would read the answers "None" and "NA" as missing, too.
-    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if path.suffix == ".csv" else {}
+    options: dict[str, Any] = {}
+    if path.suffix == ".csv":  # only an empty cell is missing: the answers "None" and "NA" are not
+        options = {"keep_default_na": False, "na_values": [""], "features": _all_text(path)}
     options |= {"path": READERS[path.suffix], "data_files": {"rows": str(path)}, "split": "rows"}
     try:  # the cache is thrown away and the rows stay in memory: works offline and where nothing may be written
         with tempfile.TemporaryDirectory() as folder:
@@ -206,6 +209,12 @@ def _read_rows(path: Path, _version: tuple[int, int]) -> datasets.Dataset:
     except DatasetGenerationError as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(f"data.path={str(path)!r} cannot be read as {READERS[path.suffix]}: {reason}") from error
+
+
+def _all_text(path: Path) -> datasets.Features:
+    """The columns of a CSV file as text: else a grid of digits would be a number."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return datasets.Features({name: datasets.Value("string") for name in next(csv.reader(file), [])})
 
 
 def _read_hub(config: DataConfig) -> dict[str, Rows]:
@@ -248,9 +257,24 @@ def _canonical_rows(config: DataConfig, rows: Rows) -> list[dict[str, Any]]:
     sources = _column_sources(config, list(rows[0]))
     if isinstance(rows, datasets.Dataset):
         rows = rows.select_columns(sorted({name for _, names in sources.values() for name in names}))
+        if dates := sorted(name for name, kind in rows.features.items() if "timestamp" in str(kind)):
+            raise ValueError(
+                f"columns {dates} were read as dates, and would be other texts: a CSV file keeps them as text"
+            )
         texts = {name: kind.names for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
         rows = [row | {k: texts[k][row[k]] for k in texts if row[k] is not None} for row in rows.to_list()]
-    return [{key: s.format(**row) if "{" in s else row.get(s) for key, (s, _) in sources.items()} for row in rows]
+    return [{key: _value(row, source) for key, (source, _) in sources.items()} for row in rows]
+
+
+def _value(row: Mapping[str, Any], source: str) -> Any:
+    """What a row has in a column, at a path into one (`choices.text`), or in a format string over several."""
+    try:
+        if "{" in source:
+            return source.format(**row)
+        is_path = source not in row and "." in source
+        return reduce(operator.getitem, source.split("."), row) if is_path else row.get(source)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"data.column_mapping: {source!r} finds nothing in {dict(row)}: {error!r}") from error
 
 
 def _column_sources(config: DataConfig, present: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
@@ -260,13 +284,16 @@ def _column_sources(config: DataConfig, present: Sequence[str]) -> dict[str, tup
     """
     if unknown := sorted(set(config.column_mapping) - set(COLUMNS)):
         raise ValueError(f"data.column_mapping has {unknown}: the canonical columns are {list(COLUMNS)}")
-    read = {source: _columns_read(source) for source in config.column_mapping.values()}
-    is_canonical = not any(set(names) <= set(present) for names in read.values())
-    mapping = {} if is_canonical and {"question", "answer"} <= set(present) else config.column_mapping
+    read = [_columns_read(source, present) for source in config.column_mapping.values()]
+    is_canonical = not any(set(names) <= set(present) for names in read) and {"question", "answer"} <= set(present)
+    for name in {name for names in read if is_canonical for name in names}:
+        if close := difflib.get_close_matches(name, set(present) - set(COLUMNS), cutoff=0.8):
+            raise ValueError(f"data.column_mapping names {name!r}: is {close[0]!r} meant, of {sorted(present)}?")
+    mapping = {} if is_canonical else config.column_mapping
     sources = {}
     for column in COLUMNS:
         source = mapping.get(column, column)
-        names = _columns_read(source)
+        names = _columns_read(source, present)
         missing = [name for name in names if name not in present]
         if not missing:
             sources[column] = source, names
@@ -278,10 +305,11 @@ def _column_sources(config: DataConfig, present: Sequence[str]) -> dict[str, tup
     return sources
 
 
-def _columns_read(source: str) -> list[str]:
-    """The columns that a source names: one, or those of a format string."""
-    parts = string.Formatter().parse(source) if "{" in source else [("", source)]
-    return [re.split(r"[.\[]", part[1])[0] for part in parts if part[1]]
+def _columns_read(source: str, present: Sequence[str]) -> list[str]:
+    """The columns that a source names: one, one with a path into it, or those of a format string."""
+    if "{" in source:
+        return [re.split(r"[.\[]", part[1])[0] for part in string.Formatter().parse(source) if part[1]]
+    return [source if source in present else source.partition(".")[0]]
 
 
 def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str) -> Example:
@@ -299,6 +327,8 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
         given, answer = ["answer"], {"answer": answer}
     # A field is {name, options, at}, or a name whose options are the choices.
     listed = cast(list[Any], given)
+    if nameless := [f for f in listed if not isinstance(f, str) and "name" not in f]:
+        raise ValueError(f"fields {nameless}: each needs a name")
     named: dict[str, Any] = {f: options for f in listed if isinstance(f, str)}
     places = {f["name"]: f.get("at") for f in listed if not isinstance(f, str)}
     named = named or {f["name"]: f.get("options", options) for f in listed}
@@ -363,11 +393,12 @@ def _pick(field: Field, value: Any) -> str:
     text = "" if value is None else str(value).strip()
     if text in field.options:
         return text
-    if isinstance(value, bool) and len(field.options) == 2:
+    truth = {"true": True, "false": False}.get(text.lower())
+    if truth is not None and len(field.options) == 2:
         affirmative = [option for option in field.options if option.lower() in ("true", "yes")]
         if affirmative:
-            return next(option for option in field.options if (option in affirmative) == value)
-        return field.options[value]  # false, true
+            return next(option for option in field.options if (option in affirmative) == truth)
+        return field.options[truth]  # false, true
     letters = string.ascii_uppercase[: len(field.options)]
     if len(text) == 1 and text in letters and all(len(option) > 1 for option in field.options):
         return field.options[letters.index(text)]
@@ -379,7 +410,9 @@ def _to_depth(value: Any) -> int | None:
     """Read a number, the number at the end of a text (`task_1.3`), or the length of a list."""
     if value is None or isinstance(value, list):
         return None if value is None else len(value)
-    if (number := re.search(r"(\d+)(?:\.0)?$", str(value))) is None:
+    text, end = str(value).strip(), r"(\d+)(?:\.0+)?"
+    is_number = re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text)
+    if (number := re.fullmatch(end, text) if is_number else re.search(f"{end}$", text)) is None:
         raise ValueError(f"depth {value!r}: expected a whole number")
     return int(number[1])
 

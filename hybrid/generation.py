@@ -16,7 +16,7 @@ from hybrid.backbone import Backbone, TextPrompt, length_batches
 from hybrid.config import TextConfig
 from hybrid.data import Example
 from hybrid.decoder import Field, FieldBatch
-from hybrid.inference import TOKEN_BUDGET, fields_asked, refine_rollouts
+from hybrid.inference import TOKEN_BUDGET, fields_asked, in_eval_mode, refine_rollouts, texts_asked
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
 from hybrid.soft_prompt import PromptPass, SoftTokens, add_soft_tokens, next_token_logits, pad_left, read_prompts
@@ -25,6 +25,7 @@ NUM_TOKENS = 64  # of a text, at most, unless its length is asked for
 
 
 @torch.inference_mode()
+@in_eval_mode
 def generate(
     model: HybridModel,
     inputs: Tensor | None = None,
@@ -117,6 +118,7 @@ def generate_text(model: HybridModel, question: str, *, context: str | None = No
 
 
 @torch.inference_mode()
+@in_eval_mode
 def generate_texts(
     model: HybridModel,
     questions: Sequence[str],
@@ -171,8 +173,7 @@ def generate_texts(
     if chat is not None and chat != trained:
         warnings.warn(f"chat={chat}: this head was trained with text.chat={trained}: expect guesses", stacklevel=3)
     asked = fields_asked(model, choices, fields)
-    contexts = contexts if contexts is not None else [None] * len(questions)
-    all_prompts = text_prompts(model, list(zip(contexts, questions, strict=True)), chat) if questions else []
+    all_prompts = text_prompts(model, texts_asked(questions, contexts, asked), chat) if questions else []
     stop = [stop] if isinstance(stop, str) else stop or []
     criteria, texts = list(kwargs.pop("stopping_criteria", [])), {}
     for rows in length_batches([len(prompt.reading.token_ids) for prompt in all_prompts], TOKEN_BUDGET):

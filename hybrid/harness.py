@@ -147,7 +147,7 @@ class HybridLM(Processes, LM):
             likelihoods under the frozen language model with the reasoner's soft tokens.
         steps: Refinement steps at most; by default those of the head.
         halting: `learned`, `convergence` or `never`; by default that of the head.
-        rollouts: Noisy copies per question, which are then asked one at a time: noise depends on what is in a batch.
+        rollouts: Noisy copies per question.
         pick: How one copy is chosen, `q` or `vote`.
         seed: Seed of the noise.
         dtype: Type of the weights, of head and backbone, if the head is loaded here.
@@ -287,7 +287,7 @@ class HybridLM(Processes, LM):
         for question, prompt in zip(questions, prompts, strict=True):
             alike[len(prompt.token_ids), len(prompt.memory_ids), len(question.fields)].append(question)
         for (length, *_), same in sorted(alike.items(), key=lambda item: item[0], reverse=True):
-            size = 1 if self.refinement["rollouts"] > 1 else self.batch_size or max(1, TOKEN_BUDGET // length)
+            size = self.batch_size or max(1, TOKEN_BUDGET // length)
             yield from (same[start : start + size] for start in range(0, len(same), size))
 
     def _log_probabilities(self, questions: Sequence[Question]) -> list[list[dict[str, float]]]:

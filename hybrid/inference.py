@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import reprlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from hybrid.reasoner import has_halted, state_movement
 from hybrid.schema import Form, read_schema
 
 ROLLOUT_NOISE = 1.0  # standard deviation on z, whose own components have unit variance
+MOST_ROLLOUTS = 100_000  # seeds of the noise lie so far apart
 PICKS = ("q", "vote")
 FINAL = ("scores", "halt_logits", "steps", "answer_latent")
 BY_STEP = ("scores_by_step", "halt_logits_by_step", "wants_halt_by_step", "movement_by_step")
@@ -71,6 +73,22 @@ class Answer:
     text: str | None = None
 
 
+def in_eval_mode(answering: Callable[..., Any]) -> Callable[..., Any]:
+    """Answers without dropout, also of a head that is being trained, which then goes on as it was."""
+
+    @functools.wraps(answering)
+    def run(model: HybridModel, *args: Any, **kwargs: Any) -> Any:
+        if not model.training:
+            return answering(model, *args, **kwargs)
+        model.eval()
+        try:
+            return answering(model, *args, **kwargs)
+        finally:
+            model.train()
+
+    return run
+
+
 @torch.inference_mode()
 def refine(
     model: HybridModel,
@@ -80,7 +98,7 @@ def refine(
     *,
     max_steps: int | None = None,
     halting: str | None = None,
-    noise: float = 0.0,
+    noise_seed: int | None = None,
     by_step: bool = False,
 ) -> Refined:
     """Refine a batch; rows that halt leave it at once, so their compute is saved.
@@ -92,7 +110,7 @@ def refine(
         fields: What is asked.
         max_steps: Refinement steps at most; more than in training are allowed.
         halting: `learned`, `convergence` or `never`.
-        noise: Standard deviation of noise on the initial scratch latent.
+        noise_seed: Seed of noise on the initial scratch latent; `None` is without noise.
         by_step: Keep scores of every step.
     """
     reasoner = model.config.reasoner
@@ -101,8 +119,13 @@ def refine(
         raise ValueError(f"max_steps={max_steps}: expected a number > 0")
     halting = halting or reasoner.halting
     encoded = model.encode(hidden_states, memory_mask, fields)
-    state = model.reasoner.initial_state(encoded.slots, noise)
     num_slots = model.num_answer_slots(fields)
+    noise: Any = 0.0
+    if noise_seed is not None:
+        num_fields = fields.name_index.shape[1]
+        kinds = num_fields, num_slots - num_fields, encoded.slots.shape[1] - num_slots
+        noise = slot_noise(kinds, encoded.slots.shape[2], noise_seed)
+    state = model.reasoner.initial_state(encoded.slots, noise)
     result = _empty_result(fields, max_steps, by_step, encoded.slots[:, :num_slots])
     active = torch.arange(len(hidden_states))
     for step in range(1, max_steps + 1):
@@ -129,6 +152,29 @@ def refine(
     for name in BY_STEP if by_step else ():
         setattr(result, name, getattr(result, name)[:last])
     return result
+
+
+def slot_noise(sizes: Sequence[int], dim: int, seed: int) -> Tensor:
+    """Noise on z for slots of several kinds: fields, tape, memory.
+
+    What a slot gets depends on its kind and its number alone, so that no answer depends on how many fields and tokens
+    the other rows of its batch have.
+
+    Args:
+        sizes: Slots of each kind.
+        dim: Width of a slot.
+        seed: Seed of the noise.
+
+    Returns:
+        Tensor of shape (slots, dim).
+    """
+    noise = []
+    for kind, size in enumerate(sizes):
+        generator = torch.Generator().manual_seed(len(sizes) * seed + kind)
+        noise += [
+            torch.randn(dim, generator=generator) for _ in range(size)
+        ]  # one by one: fewer are the first of more
+    return ROLLOUT_NOISE * torch.stack(noise)
 
 
 def _empty_result(fields: FieldBatch, max_steps: int, by_step: bool, slots: Tensor) -> Refined:
@@ -189,15 +235,10 @@ def noisy_copies(
     **kwargs: Any,
 ) -> list[Refined]:
     """The copies that `refine_rollouts` picks from; fewer rollouts are the first of more."""
-    if rollouts < 1:
-        raise ValueError(f"rollouts={rollouts}: expected a number > 0")
-    runs = []
-    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
-        torch.manual_seed(seed)
-        for copy in range(rollouts):
-            noise = ROLLOUT_NOISE if copy else 0.0
-            runs.append(refine(model, hidden_states, memory_mask, fields, noise=noise, **kwargs))
-    return runs
+    if not 1 <= rollouts <= MOST_ROLLOUTS:
+        raise ValueError(f"rollouts={rollouts}: expected a number from 1 to {MOST_ROLLOUTS}")
+    seeds = [None, *range(seed * MOST_ROLLOUTS, seed * MOST_ROLLOUTS + rollouts - 1)]
+    return [refine(model, hidden_states, memory_mask, fields, noise_seed=each, **kwargs) for each in seeds]
 
 
 def pick_rollout(runs: Sequence[Refined], pick: str) -> Refined:
@@ -259,6 +300,7 @@ def answer(
     return answer_batch(model, [question], contexts=[context], **asked, **kwargs)[0]
 
 
+@in_eval_mode
 def answer_batch(
     model: HybridModel,
     questions: Sequence[str],
@@ -309,8 +351,7 @@ def answer_batch(
     asked = fields_asked(model, choices, fields if form is None else form.fields)
     if explain:
         check_text_decoder(model)
-    contexts = contexts if contexts is not None else [None] * len(questions)
-    texts = list(zip(contexts, questions, strict=True))
+    texts = texts_asked(questions, contexts, asked)
     lengths = [len(prompt.token_ids) for prompt in model.backbone.prompts(texts)] if texts else []
     answers: dict[int, Answer] = {}
     for rows in length_batches(lengths, TOKEN_BUDGET):
@@ -341,6 +382,24 @@ def answer_batch(
             )
         answers.update((row, _read_answer(refined, i, asked, form, written[i])) for i, row in enumerate(rows))
     return [answers[row] for row in range(len(questions))]
+
+
+def texts_asked(
+    questions: Sequence[str], contexts: Sequence[str | None] | None, fields: Sequence[Field]
+) -> list[tuple[str | None, str]]:
+    """Context and question of each row, without space around them, as in training, unless a field counts characters.
+
+    Raises:
+        ValueError: There are not as many contexts as questions.
+    """
+    contexts = contexts if contexts is not None else [None] * len(questions)
+    if isinstance(contexts, str) or len(contexts) != len(questions):
+        given = f"the text {reprlib.repr(contexts)}" if isinstance(contexts, str) else f"{len(contexts)} of them"
+        raise ValueError(f"contexts: expected a list with one for each of {len(questions)} questions, got {given}")
+    pairs = list(zip(contexts, questions, strict=True))
+    if any(field.at is not None and field.at >= 0 for field in fields):
+        return pairs
+    return [((context or "").strip() or None, question.strip()) for context, question in pairs]
 
 
 def fields_asked(

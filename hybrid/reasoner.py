@@ -176,19 +176,20 @@ class RecursiveReasoner(nn.Module):
         networks = cast(Iterable[ReasonerNetwork], self.networks)
         return [network.project_memory(memory, keys_exist, memory_turn, slot_turn) for network in networks]
 
-    def initial_state(self, slots: Float[Tensor, "batch slots dim"], noise: float = 0.0) -> ReasonerState:
+    def initial_state(
+        self, slots: Float[Tensor, "batch slots dim"], noise: Float[Tensor, "slots dim"] | float = 0.0
+    ) -> ReasonerState:
         """The state before the first refinement step.
 
         Args:
             slots: What each slot stands for.
-            noise: Standard deviation of noise on z: one draw per row in training, one for all rows at inference, so
-                that an answer does not depend on the rest of its batch.
+            noise: Added to z: the noise itself, the same for all rows, or its standard deviation, drawn for each row.
         """
         y, z = self.initial_y.expand_as(slots), self.initial_z.expand_as(slots)
-        if noise > 0 and self.training:
+        if isinstance(noise, Tensor):
+            z = z + noise.to(z)
+        elif noise > 0:
             z = z + noise * torch.randn_like(slots)
-        elif noise > 0:  # slot by slot: what a slot gets does not depend on how many there are
-            z = z + noise * torch.stack([torch.randn_like(slots[0, 0]) for _ in range(slots.shape[1])])
         return ReasonerState(y, z)
 
     # -- the algorithm ---------------------------------------------------------------------------------------------
@@ -224,8 +225,8 @@ class RecursiveReasoner(nn.Module):
         Returns:
             The detached state for the next step, and the answer latent with gradient.
         """
-        num_latent_passes = num_latent_passes or self.num_latent_passes
-        num_cycles = num_cycles or self.num_cycles
+        num_latent_passes = self.num_latent_passes if num_latent_passes is None else num_latent_passes
+        num_cycles = self.num_cycles if num_cycles is None else num_cycles
         num_free = max(0, num_cycles - self.num_gradient_cycles)
         with torch.no_grad():
             for _ in range(num_free):

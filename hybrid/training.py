@@ -2,8 +2,9 @@
 
 One update is one refinement step for every row of the batch. A row keeps its state from update to update until it
 halts; then its place is taken by the next example of its own stream. Because each row draws from its own stream, what
-it sees does not depend on the number of processes; because noise is seeded by the update, a run resumed on the same
-number of threads goes on as if it had never stopped.
+it sees does not depend on the number of processes, unless a curriculum adds a depth as soon as the rows of one of
+them are answered well; because noise is seeded by the update, a run resumed on the same number of threads goes on as
+if it had never stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,7 +48,7 @@ from hybrid.decoder import FieldBatch, is_unnamed
 from hybrid.evaluation import by_depth, device_name, run_steps, run_text
 from hybrid.generation import answer_text, answer_text_loss, keep_loss, own_texts
 from hybrid.hub import check_head_folder
-from hybrid.losses import all_fields_right
+from hybrid.losses import IGNORED, all_fields_right
 from hybrid.model import HybridModel
 from hybrid.parallel import map_in_threads
 from hybrid.reasoner import ReasonerState, has_halted
@@ -238,12 +240,13 @@ class MasterWeights:
 
 @dataclass
 class PartStep:
-    """What a refinement step of some rows gives: state, means to log, gradients, who wants to halt, who is right."""
+    """What a refinement step of some rows gives: state, means to log, gradients; who halts, is asked, is right."""
 
     state: ReasonerState
     means: dict[str, Tensor]
     gradients: Sequence[Tensor | None]
     wants_halt: Tensor
+    asked: Tensor
     right: Tensor
 
 
@@ -261,6 +264,8 @@ class Curriculum:
     def __init__(self, depths: Sequence[int | None], threshold: float | None):
         self.depths, self.threshold = depths, threshold
         self.levels = sorted({depth for depth in depths if depth is not None})
+        if threshold is not None and len(self.levels) < 2:
+            warnings.warn(f"training.curriculum={threshold}: rows of several depths are needed: ignored", stacklevel=2)
         self.level = 0 if threshold is not None else max(0, len(self.levels) - 1)
         self.mastery = 0.0
 
@@ -395,7 +400,7 @@ class Trainer:
             share = len(part) / len(examples)
             self.weights.add_gradients(step.gradients, share)
             self.rows.advance(part, step.state, step.wants_halt, stage.max_steps)
-            self.curriculum.record([examples[row] for row in part.tolist()], step.right)
+            self.curriculum.record([examples[row] for row in part[step.asked].tolist()], step.right[step.asked])
             finished = self.rows.halted[part]
             self._count({name: float(value) for name, value in step.means.items()}, share)
             self._count(
@@ -454,7 +459,8 @@ class Trainer:
             halt_loss_weight=settings.halt_loss_weight,
             answer_loss_weight=settings.answer_loss_weight,
         )
-        previous_y = rows.y[part, : output.state.y.shape[1]]
+        fresh = rows.halted[part].to(mask.device)[:, None, None]
+        previous_y = torch.where(fresh, self.model.reasoner.initial_y, rows.y[part, : output.state.y.shape[1]])
         signs = output.halt_logits.detach(), output.state.y, previous_y, output.slot_mask, stage.convergence_tolerance
         wants_halt = has_halted(stage.halting, *signs).cpu()
         if self.model.text_decoder is not None:
@@ -470,8 +476,8 @@ class Trainer:
         gradients: Sequence[Tensor | None] = [None] * len(self.weights.parameters)
         if output.loss.requires_grad:  # else no text was written, and nothing but the text decoder is trained
             gradients = torch.autograd.grad(output.loss, self.weights.parameters, allow_unused=True)
-        right = all_fields_right(output.scores.detach(), due).cpu()
-        return PartStep(output.state, {"loss": loss, **output.metrics}, gradients, wants_halt, right)
+        asked, right = (due != IGNORED).any(1).cpu(), all_fields_right(output.scores.detach(), due).cpu()
+        return PartStep(output.state, {"loss": loss, **output.metrics}, gradients, wants_halt, asked, right)
 
     def _add_text_loss(self, output: Any, ending: Tensor, fields: FieldBatch, examples: Sequence[Example]) -> None:
         """Add the loss of writing the answer, for the rows whose refinement ends with this step."""

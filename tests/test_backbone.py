@@ -13,7 +13,7 @@ from conftest import tiny_llama, word_tokenizer
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, ByT5Tokenizer, OPTConfig, PreTrainedTokenizerFast
 
 from hybrid import backbone as backbone_module
 from hybrid.backbone import Backbone, default_layers, length_batches, one_text, sentences
@@ -258,10 +258,22 @@ def test_bad_names_and_layers(backbone, backbone_folder):
         Backbone.from_pretrained("no/such-model")
     with pytest.raises(ValueError, match="layers 0 to 3"):
         backbone.with_settings([0, 9], "plain")
+    with pytest.raises(ValueError, match="backbone.template='ehco': expected plain or echo"):
+        backbone.with_settings([0, 1], "ehco")
+    with pytest.raises(ValueError, match="layer numbers ≥ 0 in rising order"):
+        Backbone.from_pretrained(str(backbone_folder), layers=[-1])
     with pytest.raises(ValueError, match="no such file"):
         Backbone.from_pretrained(str(backbone_folder), gguf_file="missing.gguf")
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         Backbone.from_pretrained(str(backbone_folder), quantization="4bit")
+
+
+def test_embeddings_of_another_width_are_refused(backbone):
+    config = OPTConfig(
+        vocab_size=40, hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match="embeddings of width 16 and states of 32"):
+        Backbone(AutoModel.from_config(config), backbone.tokenizer, name="opt")
 
 
 def test_from_folder_and_fingerprint(backbone, backbone_folder):

@@ -11,6 +11,7 @@ from conftest import CHOICES, tiny_model, tiny_run
 from test_training import write_data
 
 from hybrid.backbone import Backbone
+from hybrid.batches import embed_examples
 from hybrid.cli import main, run_config
 from hybrid.config import to_plain
 from hybrid.decoder import Field
@@ -277,6 +278,25 @@ def test_eval_of_generated_rows(config_file, tmp_path, capsys, monkeypatch):
     flags = ["--split", "train", "--steps", "1", "--baselines", "linear_probe", "--max_train", "9"]
     main(["eval", str(head), *flags, "--output", "train.json"])
     assert json.loads((tmp_path / "train.json").read_text())["accuracy_by_depth"][-1]["n"] == 30
+
+
+def test_eval_of_a_file_is_whole_and_has_the_options_of_the_head(config_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    without = [{key: row[key] for key in ("context", "question", "answer")} for row in rows]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in without))
+    few = [row for row in without if row["answer"] in ("left", "right")][:8]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
+    source = ["--data.path", str(tmp_path / "all.jsonl"), "--data.choices", "null", "--data.valid_split", "train[-4:]"]
+    main(["train", str(config_file), *source, "--training.num_updates", "2"])
+    head, seen = tmp_path / "run" / "best", []
+    monkeypatch.setattr(
+        "hybrid.batches.embed_examples",
+        lambda config, backbone, examples, **rest: seen.append(examples) or embed_examples(config, backbone, examples),
+    )
+    main(["eval", str(head), "--data", str(tmp_path / "few.jsonl"), "--steps", "1", "--output", "r.json"])
+    assert len(seen[0]["test"]) == 8  # none is cut for validation
+    assert {example.fields[0].options for example in seen[0]["test"]} == {tuple(sorted(CHOICES))}
 
 
 def test_embed_then_train_computes_nothing_again(config_file, capsys, monkeypatch):

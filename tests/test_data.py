@@ -103,6 +103,52 @@ def test_an_answer_in_words_is_read_beside_the_answer(tmp_path):
     assert (first.answer_text, first.answers, second.answer_text) == ("It is a.", ("a",), None)
 
 
+def test_csv_keeps_texts_as_they_are(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        'context,question,answer,choices,depth\n0030,Which?,007,"[""007"", ""1.50""]",2\n,Which?,1.50,,3\n'
+    )
+    one, two = load_examples(DataConfig(path=str(path), choices=["007", "1.50"]), "train")
+    assert (one.context, one.answers, one.depth) == ("0030", ("007",), 2)
+    assert (two.context, two.answers, two.depth) == (None, ("1.50",), 3)
+    path.write_text("question,answer\nIs it?,true\nIs it not?,false\n")
+    for one in load_examples(DataConfig(path=str(path), choices=["yes", "no"]), "train"):
+        assert one.answers == ("yes" if one.question == "Is it?" else "no",)
+
+
+def test_dates_in_json_are_refused_where_they_would_change(tmp_path):
+    row = {"question": "When?", "answer": "2020-01-02", "choices": ["2020-01-02", "2021-03-04"]}
+    with pytest.raises(ValueError, match=r"columns \['answer', 'choices'\] were read as dates"):
+        load([row], tmp_path)
+
+
+def test_a_path_into_a_column(tmp_path):
+    row = {"question": "Which?", "answerKey": "B", "choices": {"text": ["one", "two"], "label": ["A", "B"]}}
+    mapping = {"choices": "choices.text", "answer": "answerKey"}
+    (example,) = load([row], tmp_path, column_mapping=mapping)
+    assert example.fields[0].options == ("one", "two") and example.answers == ("two",)
+    with pytest.raises(ValueError, match=r"'choices\.texts' finds nothing in .*KeyError"):
+        load([row], tmp_path, column_mapping=mapping | {"choices": "choices.texts"})
+
+
+def test_a_column_misspelt_is_refused(tmp_path):
+    rows = [{"passage": "A is left of B.", **ROW}]
+    with pytest.raises(ValueError, match="names 'pasage': is 'passage' meant"):
+        load(rows, tmp_path, column_mapping={"context": "pasage"})
+    assert load(rows, tmp_path, column_mapping={"context": "story"})[0].context is None  # canonical columns
+
+
+@pytest.mark.parametrize("depth", [2.5, "0.5", -3])
+def test_a_depth_is_a_whole_number(tmp_path, depth):
+    with pytest.raises(ValueError, match="expected a whole number"):
+        load([ROW | {"depth": depth}], tmp_path)
+
+
+def test_a_field_needs_a_name(tmp_path):
+    with pytest.raises(ValueError, match=r"row 1 .*needs a name"):
+        load([{"question": "Which?", "fields": [{"options": ["a", "b"]}], "answer": ["a"]}], tmp_path)
+
+
 def test_a_file_that_changed_is_read_anew(tmp_path):
     assert len(load(numbered(6), tmp_path)) == 6
     assert len(load(numbered(4), tmp_path)) == 4

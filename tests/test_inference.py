@@ -7,7 +7,7 @@ import torch
 from conftest import CHOICES, chain_examples, tiny_model
 
 from hybrid.decoder import Field
-from hybrid.inference import answer_batch, refine, refine_rollouts
+from hybrid.inference import answer_batch, noisy_copies, refine, refine_rollouts
 from hybrid.model import HybridModel
 
 QUESTIONS = [f"{example.context} {example.question}" for example in chain_examples(7)]
@@ -65,12 +65,48 @@ def test_convergence_halting_stops_a_state_that_stands_still(model):
 
 
 @pytest.mark.parametrize("rollouts", [1, 4])
-def test_batch_composition_and_padding_change_no_answer(model, rollouts):
-    together = answer_batch(model, QUESTIONS, rollouts=rollouts)
+def test_batch_composition_and_padding_change_no_answer(undecided, rollouts):
+    asked = {"choices": CHOICES, "halting": "never", "rollouts": rollouts}
+    together = answer_batch(undecided, QUESTIONS, **asked)
     for question, expected in zip(QUESTIONS, together, strict=True):
-        alone = model.answer(question, rollouts=rollouts)
+        alone = undecided.answer(question, **asked)
         assert alone.value == expected.value and alone.steps == expected.steps
         assert alone.probability == pytest.approx(expected.probability, abs=1e-5)
+
+
+def test_other_rows_with_more_fields_change_no_noise(undecided):
+    hidden_states, mask = undecided.embed([(None, question) for question in QUESTIONS[:2]])
+    one, two = [Field("answer", CHOICES)], [Field("A", CHOICES), Field("B", CHOICES)]
+    both = undecided.field_batch([one, two])
+    noisy = noisy_copies(undecided, hidden_states, mask, both, 3, halting="never")
+    alone = noisy_copies(
+        undecided, hidden_states[:1, : mask[0].sum()], mask[:1, : mask[0].sum()], undecided.field_batch([one]), 3,
+        halting="never",
+    )  # fmt: skip
+    for run, expected in zip(noisy, alone, strict=True):
+        torch.testing.assert_close(run.scores[0, 0], expected.scores[0, 0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(noisy[1].scores[0, 0], noisy[2].scores[0, 0])  # each copy has noise of its own
+
+
+def test_a_head_in_training_answers_without_dropout_and_trains_on(backbone):
+    model = tiny_model(backbone, dropout=0.5)
+    expected = model.eval().answer(QUESTIONS[0], choices=CHOICES)
+    model.train()
+    assert model.answer(QUESTIONS[0], choices=CHOICES).probability == pytest.approx(expected.probability)
+    assert model.training
+
+
+def test_space_around_texts_changes_no_answer(model):
+    expected = model.answer("Where is A ?", context="A is left of B .", max_steps=2)
+    spaced = model.answer(" Where is A ?\n", context="A is left of B .\n\n", max_steps=2)
+    assert spaced.probability == expected.probability
+
+
+def test_contexts_are_as_many_as_questions(model):
+    with pytest.raises(ValueError, match="contexts: expected a list with one for each of 2 questions, got 1 of them"):
+        answer_batch(model, QUESTIONS[:2], contexts=["A is left of B ."])
+    with pytest.raises(ValueError, match="got the text 'AB'"):
+        answer_batch(model, QUESTIONS[:2], contexts="AB")
 
 
 def test_order_of_choices_changes_no_answer(model):

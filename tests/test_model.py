@@ -230,6 +230,7 @@ def test_unknown_config_keys_are_named():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
+        ({"halting": "sometimes"}, "reasoner.halting='sometimes': expected learned or convergence or never"),
         ({"dim": 10, "num_heads": 3}, "reasoner.num_heads=3: expected a divisor of dim=10"),
         ({"num_cycles": 2, "num_gradient_cycles": 3}, "reasoner.num_gradient_cycles=3"),
         ({"max_steps": 0}, "reasoner.max_steps=0"),

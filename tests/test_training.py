@@ -330,6 +330,22 @@ def test_rows_halt_as_configured(folder, backbone, halting):
     assert trainer.rows.halted.all() == (halting != "never")
 
 
+def test_what_the_example_before_left_ends_no_example(folder, backbone):
+    config = tiny_run(folder, halt_exploration=0.0, learning_rate=1e-9)
+    config.reasoner.halting = "convergence"
+    parts = prepare(config, Accelerator(cpu=True), backbone)
+    first, second = (Trainer(config, *parts, Accelerator(cpu=True)) for _ in range(2))
+    first.update()
+    second.rows.y.copy_(first.rows.y)  # as if the examples before had ended where these come to in a step
+    second.update()
+    assert not first.rows.halted.any() and not second.rows.halted.any()
+
+
+def test_a_curriculum_needs_depths():
+    with pytest.warns(UserWarning, match="rows of several depths are needed"):
+        Curriculum([1, None, 1], 0.5)
+
+
 def test_while_no_whole_answer_is_right_the_head_with_most_right_fields_is_the_best(folder, backbone, monkeypatch):
     config = tiny_run(folder)
     trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
