@@ -532,6 +532,10 @@ class Backbone:
         means = [weight[torch.tensor(ids, device=weight.device)].float().mean(0) for ids in encoded]
         return (torch.stack(means) - mean) / deviation
 
+    def tokens_in_any_order(self, text: str) -> tuple[int, ...]:
+        """What the static vector of a text knows of it."""
+        return tuple(sorted(self._token_ids(f" {text}")))
+
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Hidden state 0 of token ids, any shape: a look-up, so it is stored for no single token."""
         weight = self.model.get_input_embeddings().weight

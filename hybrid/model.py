@@ -397,11 +397,16 @@ class HybridModel(PreTrainedModel):
     ) -> FieldBatch:
         """Fields as tensors.
 
+        Warns of options, or names, that are one vector to this head, when it is first asked for them.
+
         Args:
             rows: The fields of each question.
             num_fields: Pad to this number, or to the longest row.
             starts: The memory vectors that the fields of each start from (`field_starts`).
         """
+        for fields in rows:
+            if not self._texts.has(tuple(fields)):
+                self._warn_of_alike(fields)
         encoded = [self._texts.encode(tuple(fields)) for fields in rows]
         num_fields = num_fields or max(len(names) for names, _ in encoded)
         num_options = max(options.shape[1] for _, options in encoded)
@@ -426,6 +431,20 @@ class HybridModel(PreTrainedModel):
             for row, found in enumerate(starts):
                 batch.starts[row, : len(found)] = torch.tensor(found)
         return batch.to(self.device, self.dtype)
+
+    def _warn_of_alike(self, fields: Sequence[Field]) -> None:
+        """The vector of a text is a mean over its tokens; only a learned residual tells `12` from `21`."""
+        names = [field.name for field in fields if field.at is None]
+        for kind, texts in [("names", names), *(("options", field.options) for field in fields)]:
+            same: dict[tuple[int, ...], list[str]] = {}
+            for text in (text for text in texts if text not in self._known):
+                same.setdefault(self.backbone.tokens_in_any_order(text), []).append(text)
+            if alike := [group for group in same.values() if len(group) > 1]:
+                warnings.warn(
+                    f"{kind} {alike[0][:3]} have the same tokens, and are none that this head knows from training: it"
+                    " cannot tell them apart",
+                    stacklevel=3,
+                )
 
     def field_starts(self, fields: Sequence[Field], text: str) -> list[int]:
         """Number of the memory vector that each field starts from, -1 for none.
@@ -579,6 +598,10 @@ class _TextTable:
             self._numbers[text] = len(self.names)
             self.names.append(text)
         return self._numbers[text]
+
+    def has(self, fields: tuple[Field, ...]) -> bool:
+        """Whether they were encoded before."""
+        return fields in self._encoded
 
     def encode(self, fields: tuple[Field, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the names (fields,) and of the options (fields, options), -1 for padding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -225,6 +226,18 @@ def test_unknown_config_keys_are_named():
         HybridConfig(horizon=3)
     with pytest.warns(UserWarning, match=r"section 'reasoner' has unknown keys \['depth'\]"):
         HybridConfig(reasoner={"dim": 64, "num_heads": 4, "depth": 3})
+
+
+def test_options_that_are_one_vector_are_told(model):
+    asked = [Field("answer", ["left right", "right left", "above"])]
+    with pytest.warns(UserWarning, match=r"options \['left right', 'right left'\] have the same tokens"):
+        model.field_batch([asked])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.field_batch([asked])  # once is enough
+        model.field_batch([[Field("answer", ["left", "right"])]])
+    with pytest.warns(UserWarning, match=r"names \['A B', 'B A'\]"):
+        model.field_batch([[Field("A B", CHOICES), Field("B A", CHOICES)]])
 
 
 @pytest.mark.parametrize(
