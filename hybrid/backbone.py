@@ -183,7 +183,7 @@ class Backbone:
         config = model.config.get_text_config()
         self.dim: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
-        self.max_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.max_tokens = _longest_text(model, getattr(config, "max_position_embeddings", None))
         self.layers = list(layers) if layers is not None else default_layers(self.num_layers)
         self._check_settings()
         embedding_dim = self.embed_tokens(torch.zeros(1, dtype=torch.long)).shape[1]
@@ -726,6 +726,17 @@ def native_dtype(device: torch.device) -> torch.dtype:
 def _has_bf16_dot() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def _longest_text(model: nn.Module, num_positions: int | None) -> int | None:
+    """Tokens that a model reads at most; `None` without a limit. RoBERTa counts from behind its padding's."""
+    if num_positions is None or num_positions < 1:
+        return None
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return num_positions - padding - 1
+    return num_positions
 
 
 def _find_blocks(encoder: nn.Module, num_layers: int) -> nn.ModuleList | None:

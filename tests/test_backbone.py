@@ -13,7 +13,7 @@ from conftest import tiny_llama, word_tokenizer
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
-from transformers import AutoModel, ByT5Tokenizer, OPTConfig, PreTrainedTokenizerFast
+from transformers import AutoModel, ByT5Tokenizer, OPTConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from hybrid import backbone as backbone_module
 from hybrid.backbone import Backbone, default_layers, length_batches, one_text, sentences
@@ -274,6 +274,17 @@ def test_embeddings_of_another_width_are_refused(backbone):
     )
     with pytest.raises(ValueError, match="embeddings of width 16 and states of 32"):
         Backbone(AutoModel.from_config(config), backbone.tokenizer, name="opt")
+
+
+def test_the_longest_text_is_what_the_model_reads(backbone):
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(**sizes, intermediate_size=16, max_position_embeddings=20, pad_token_id=1)
+    model = AutoModel.from_config(config)
+    longest = Backbone(model, backbone.tokenizer, name="roberta").max_tokens
+    assert longest == 18
+    model(torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(torch.full((1, longest + 1), 5))
 
 
 def test_from_folder_and_fingerprint(backbone, backbone_folder):
