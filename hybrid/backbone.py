@@ -20,6 +20,7 @@ import tempfile
 import threading
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -532,9 +533,10 @@ class Backbone:
         means = [weight[torch.tensor(ids, device=weight.device)].float().mean(0) for ids in encoded]
         return (torch.stack(means) - mean) / deviation
 
-    def tokens_in_any_order(self, text: str) -> tuple[int, ...]:
-        """What the static vector of a text knows of it."""
-        return tuple(sorted(self._token_ids(f" {text}")))
+    def token_shares(self, text: str) -> frozenset[tuple[int, float]]:
+        """What the static vector of a text knows of it: each token's share."""
+        ids = self._token_ids(f" {text}")
+        return frozenset((token, count / len(ids)) for token, count in Counter(ids).items())
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Hidden state 0 of token ids, any shape: a look-up, so it is stored for no single token."""

@@ -298,13 +298,12 @@ def _evaluate_lora(folder: Path, config: RunConfig, role: str, path: Path, comma
 
 
 def _result_file(text: str) -> Path:
-    """Where results will go, made ready before they are computed."""
+    """Where results will go, refused before they are computed."""
     from pathlib import Path
 
     path = Path(text)
-    if path.is_dir():
-        raise ValueError(f"--output {text}: expected the name of a file, this is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or any(parent.is_file() for parent in path.parents):
+        raise ValueError(f"--output {text}: expected the name of a file, in a folder")
     return path
 
 
@@ -355,15 +354,11 @@ def config_of_head(folder: Path, parsed: Any) -> tuple[RunConfig, str]:
 
 
 def _choices_of(folder: Path) -> list[str] | None:
-    """The choices that a head, or an adapter, had in every training question."""
+    """The choices that a head had in every training question; those of an adapter are in its run."""
     import json
 
-    if (path := folder / "config.json").exists():
-        return json.loads(path.read_text()).get("choices")
-    from hybrid.batches import common_options
-    from hybrid.data import load_examples
-
-    return common_options(load_examples(_run_of_head(folder).data, "train"))
+    path = folder / "config.json"
+    return json.loads(path.read_text()).get("choices") if path.exists() else None
 
 
 def command_ask(arguments: Sequence[str]) -> None:
@@ -670,7 +665,10 @@ def command_release(arguments: Sequence[str]) -> None:
         raise ValueError(f"--questions {parsed.questions}: there is no such file")
     from hybrid.release import release
 
-    questions = [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        questions = [json.loads(line) for line in path.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--questions {parsed.questions}: expected JSON Lines, an object a line: {error}") from error
     head, folder = Path(parsed.head), Path(parsed.folder)
     release(head, folder, questions, halting=parsed.halting, max_steps=parsed.steps)
     print(f"released: {parsed.folder}")

@@ -197,7 +197,8 @@ class DataConfig:
         reasoning_gym: The name of a `reasoning_gym` task.
         task_parameters: Its parameters, or a list of several sets of them, each of which gives as many rows.
         column_mapping: Canonical column to source column, or to a format string over columns
-            (`question: "How is {query} related?"`). Columns not named keep their own names.
+            (`question: "How is {query} related?"`), or to a path into a column (`choices: choices.text`). Columns not
+            named keep their own names.
         choices: Options for rows that bring none. Where answers are truth values and neither option is `yes` or
             `true`, the first option is false and the second true.
         places: Keep where fields stand in the text (`Field.at`), if the source says it.

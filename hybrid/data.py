@@ -6,7 +6,6 @@ could trip over (a missing column, an answer outside the options) is refused her
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import json
@@ -14,8 +13,10 @@ import math
 import operator
 import random
 import re
+import reprlib
 import string
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import pandas
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hybrid.backbone import one_text
@@ -199,22 +201,17 @@ def _read_file(path: Path) -> datasets.Dataset:
 def _read_rows(path: Path, _version: tuple[int, int]) -> datasets.Dataset:
     if path.suffix not in READERS or path.stat().st_size == 0:
         raise ValueError(f"data.path={str(path)!r}: expected a file with rows that ends in {', '.join(READERS)}")
-    options: dict[str, Any] = {}
-    if path.suffix == ".csv":  # only an empty cell is missing: the answers "None" and "NA" are not
-        options = {"keep_default_na": False, "na_values": [""], "features": _all_text(path)}
-    options |= {"path": READERS[path.suffix], "data_files": {"rows": str(path)}, "split": "rows"}
-    try:  # the cache is thrown away and the rows stay in memory: works offline and where nothing may be written
+    options: dict[str, Any] = {"path": READERS[path.suffix], "data_files": {"rows": str(path)}, "split": "rows"}
+    try:
+        if path.suffix == ".csv":  # as text, else a grid of digits were a number; "None" and "NA" are texts, too
+            table = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+            return datasets.Dataset.from_pandas(table, preserve_index=False)
+        # The cache is thrown away and the rows stay in memory: works offline and where nothing may be written.
         with tempfile.TemporaryDirectory() as folder:
             return datasets.load_dataset(**options, cache_dir=folder, keep_in_memory=True)
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(f"data.path={str(path)!r} cannot be read as {READERS[path.suffix]}: {reason}") from error
-
-
-def _all_text(path: Path) -> datasets.Features:
-    """The columns of a CSV file as text: else a grid of digits would be a number."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return datasets.Features({name: datasets.Value("string") for name in next(csv.reader(file), [])})
 
 
 def _read_hub(config: DataConfig) -> dict[str, Rows]:
@@ -257,12 +254,20 @@ def _canonical_rows(config: DataConfig, rows: Rows) -> list[dict[str, Any]]:
     sources = _column_sources(config, list(rows[0]))
     if isinstance(rows, datasets.Dataset):
         rows = rows.select_columns(sorted({name for _, names in sources.values() for name in names}))
-        if dates := sorted(name for name, kind in rows.features.items() if "timestamp" in str(kind)):
+        if dates := sorted(name for name, kind in rows.features.items() if "Value('timestamp" in str(kind)):
             raise ValueError(
                 f"columns {dates} were read as dates, and would be other texts: a CSV file keeps them as text"
             )
         texts = {name: kind.names for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+        mixed = {name for name, kind in rows.features.items() if str(kind).startswith("Json")}
         rows = [row | {k: texts[k][row[k]] for k in texts if row[k] is not None} for row in rows.to_list()]
+        asked = {name for column in ("question", "answer") if column in sources for name in sources[column][1]}
+        if numbers := [
+            name for name in asked & mixed if any(isinstance(row[name], bool | int | float) for row in rows)
+        ]:
+            raise ValueError(
+                f"column {numbers[0]!r} mixes texts and numbers, and a text like '7' becomes one: quote all"
+            )
     return [{key: _value(row, source) for key, (source, _) in sources.items()} for row in rows]
 
 
@@ -271,10 +276,15 @@ def _value(row: Mapping[str, Any], source: str) -> Any:
     try:
         if "{" in source:
             return source.format(**row)
-        is_path = source not in row and "." in source
-        return reduce(operator.getitem, source.split("."), row) if is_path else row.get(source)
+        first = source.partition(".")[0]
+        if source in row or first == source:
+            return row.get(source)
+        if first in COLUMNS and not isinstance(row[first], Mapping):  # a local copy in canonical columns
+            return row[first]
+        return reduce(operator.getitem, source.split("."), row)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"data.column_mapping: {source!r} finds nothing in {dict(row)}: {error!r}") from error
+        shown = reprlib.repr(dict(row))
+        raise ValueError(f"data.column_mapping: {source!r} finds nothing in {shown}: {error!r}") from error
 
 
 def _column_sources(config: DataConfig, present: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
@@ -286,10 +296,17 @@ def _column_sources(config: DataConfig, present: Sequence[str]) -> dict[str, tup
         raise ValueError(f"data.column_mapping has {unknown}: the canonical columns are {list(COLUMNS)}")
     read = [_columns_read(source, present) for source in config.column_mapping.values()]
     is_canonical = not any(set(names) <= set(present) for names in read) and {"question", "answer"} <= set(present)
-    for name in {name for names in read if is_canonical for name in names}:
+    for name in sorted({name for names in read for name in names}) if is_canonical else ():
         if close := difflib.get_close_matches(name, set(present) - set(COLUMNS), cutoff=0.8):
             raise ValueError(f"data.column_mapping names {name!r}: is {close[0]!r} meant, of {sorted(present)}?")
     mapping = {} if is_canonical else config.column_mapping
+    other = sorted(set(present) - set(COLUMNS) - {"split"} - {name for names in read for name in names})
+    if is_canonical and "context" not in present and "context" in config.column_mapping:
+        source = config.column_mapping["context"]
+        warnings.warn(f"no column {source!r} and no 'context': questions have none; not read: {other}", stacklevel=2)
+    for column in (column for column in COLUMNS if column not in present and column not in mapping):
+        if close := difflib.get_close_matches(column, other, n=1, cutoff=0.8):
+            warnings.warn(f"column {close[0]!r} is not read: is {column!r} meant?", stacklevel=2)
     sources = {}
     for column in COLUMNS:
         source = mapping.get(column, column)
@@ -339,7 +356,10 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     if wrong := {key: values for key, values in named.items() if not isinstance(values, list | tuple)}:
         raise ValueError(f"choices of the fields {wrong}: expected lists of texts, or set data.choices")
     fields = tuple(
-        _field(key, tuple(str(value).strip() for value in values), places.get(key)) for key, values in named.items()
+        (_field if isinstance(at := places.get(key), int | None) else Field)(
+            key, tuple(str(value).strip() for value in values), at
+        )
+        for key, values in named.items()
     )
     if any(field.at is not None for field in fields):
         _check_places(fields, texts, (context, question))
@@ -393,12 +413,13 @@ def _pick(field: Field, value: Any) -> str:
     text = "" if value is None else str(value).strip()
     if text in field.options:
         return text
-    truth = {"true": True, "false": False}.get(text.lower())
+    truth = value if isinstance(value, bool) else {"true": True, "false": False}.get(text.lower())
     if truth is not None and len(field.options) == 2:
         affirmative = [option for option in field.options if option.lower() in ("true", "yes")]
         if affirmative:
             return next(option for option in field.options if (option in affirmative) == truth)
-        return field.options[truth]  # false, true
+        if isinstance(value, bool):
+            return field.options[value]  # false, true
     letters = string.ascii_uppercase[: len(field.options)]
     if len(text) == 1 and text in letters and all(len(option) > 1 for option in field.options):
         return field.options[letters.index(text)]

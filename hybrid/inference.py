@@ -428,7 +428,7 @@ def fields_asked(
             )
         warnings.warn(
             "choices ask for one field, and this head always was asked for fields by their names: expect guesses",
-            stacklevel=3,
+            stacklevel=4,
         )
     if isinstance(fields, Mapping):
         fields = [Field(name, options) for name, options in fields.items()]
@@ -458,17 +458,17 @@ def fields_asked(
     if model.config.places is None and (standing := [field.name for field in asked if field.at is not None]):
         warnings.warn(
             f"fields {standing[:3]} say where they stand, which this head ignores: no field of its training set did",
-            stacklevel=3,
+            stacklevel=4,
         )
     if own is not None and (new := [name for name in names if name not in own]):
         warnings.warn(
             f"fields {new[:3]} are unknown to this head, which always was asked {list(own)[:3]} …: expect guesses",
-            stacklevel=3,
+            stacklevel=4,
         )
     elif own is not None and len(names) < len(own):
         warnings.warn(
             f"{len(names)} of the {len(own)} fields that this head always was asked together: expect worse answers",
-            stacklevel=3,
+            stacklevel=4,
         )
     return asked
 

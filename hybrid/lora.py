@@ -11,6 +11,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from hybrid.backbone import Backbone, load_backbone
 from hybrid.baselines import answer_prompt, zero_shot
+from hybrid.batches import common_options
 from hybrid.config import BackboneConfig, RunConfig, TextConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.evaluation import by_depth, device_name, training_cost
@@ -94,7 +96,8 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
     trainer.train(resume_from_checkpoint=resume)
     best = folder / "best"
     model.save_pretrained(str(best))
-    (best / "run.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    data = replace(config.data, choices=config.data.choices or common_options(examples))  # to be asked other rows
+    (best / "run.yaml").write_text(yaml.safe_dump(to_plain(replace(config, data=data)), sort_keys=False))
     return best
 
 

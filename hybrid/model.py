@@ -397,7 +397,7 @@ class HybridModel(PreTrainedModel):
     ) -> FieldBatch:
         """Fields as tensors.
 
-        Warns of options, or names, that are one vector to this head, when it is first asked for them.
+        Warns, once, of options or names that are one vector to this head.
 
         Args:
             rows: The fields of each question.
@@ -405,7 +405,7 @@ class HybridModel(PreTrainedModel):
             starts: The memory vectors that the fields of each start from (`field_starts`).
         """
         for fields in rows:
-            if not self._texts.has(tuple(fields)):
+            if not self._texts.told_of_alike and not self._texts.has(tuple(fields)):
                 self._warn_of_alike(fields)
         encoded = [self._texts.encode(tuple(fields)) for fields in rows]
         num_fields = num_fields or max(len(names) for names, _ in encoded)
@@ -436,10 +436,11 @@ class HybridModel(PreTrainedModel):
         """The vector of a text is a mean over its tokens; only a learned residual tells `12` from `21`."""
         names = [field.name for field in fields if field.at is None]
         for kind, texts in [("names", names), *(("options", field.options) for field in fields)]:
-            same: dict[tuple[int, ...], list[str]] = {}
+            same: dict[frozenset[tuple[int, float]], list[str]] = {}
             for text in (text for text in texts if text not in self._known):
-                same.setdefault(self.backbone.tokens_in_any_order(text), []).append(text)
+                same.setdefault(self.backbone.token_shares(text), []).append(text)
             if alike := [group for group in same.values() if len(group) > 1]:
+                self._texts.told_of_alike = True
                 warnings.warn(
                     f"{kind} {alike[0][:3]} have the same tokens, and are none that this head knows from training: it"
                     " cannot tell them apart",
@@ -592,6 +593,7 @@ class _TextTable:
         self._numbers: dict[str, int] = {}
         self._encoded: dict[tuple[Field, ...], tuple[np.ndarray, np.ndarray]] = {}
         self._vectors: Tensor | None = None
+        self.told_of_alike = False
 
     def _number(self, text: str) -> int:
         if text not in self._numbers:

@@ -73,7 +73,7 @@ def test_wrong_arguments_fail_before_the_long_work(tmp_path, capsys):
     for arguments, message in (
         (["--trm-path", str(tmp_path)], "no models/recursive_reasoning/trm.py"),
         ([str(tmp_path / "missing")], "no head at"),
-        (["--output", str(tmp_path)], "this is a folder"),
+        (["--output", str(tmp_path)], "expected the name of a file"),
         (["--device", "gpu"], "gpu"),
         ([str(tmp_path)], "has no run.yaml"),
         (["--data", str(tmp_path / "missing.jsonl")], "missing.jsonl"),

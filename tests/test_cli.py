@@ -247,6 +247,8 @@ def test_release(config_file, tmp_path, capsys, monkeypatch):
     main(["train", str(config_file), "--training.num_updates", "2"])
     head, released = tmp_path / "run" / "best", tmp_path / "adapters" / "chains"
     assert "no such file" in error_of(capsys, "release", str(head), str(released), "--questions", "none.jsonl")
+    release = ["release", str(head), str(released), "--questions"]
+    assert "expected JSON Lines" in error_of(capsys, *release, str(config_file))
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "A is left of B . Where is A relative to B ?"}\n')
     main(["release", str(head), str(released), "--questions", str(questions)])
@@ -384,5 +386,5 @@ def test_readme_configuration_is_one(tmp_path):
     path = tmp_path / "my_run.yaml"
     path.write_text(readme.split("```yaml\n", 1)[1].split("```", 1)[0])
     config, _ = run_config([str(path)], "train")
-    assert config.data.column_mapping == {"question": "prompt", "answer": "label"}
+    assert config.data.column_mapping == {"context": "passage", "answer": "label"}
     assert config.training.num_updates == 3000

@@ -111,15 +111,41 @@ def test_csv_keeps_texts_as_they_are(tmp_path):
     one, two = load_examples(DataConfig(path=str(path), choices=["007", "1.50"]), "train")
     assert (one.context, one.answers, one.depth) == ("0030", ("007",), 2)
     assert (two.context, two.answers, two.depth) == (None, ("1.50",), 3)
-    path.write_text("question,answer\nIs it?,true\nIs it not?,false\n")
+    path.write_text(",question,answer\n0,Is it?,true\n1,Is it not?,false\n")  # with an index, as pandas writes it
     for one in load_examples(DataConfig(path=str(path), choices=["yes", "no"]), "train"):
         assert one.answers == ("yes" if one.question == "Is it?" else "no",)
+    with pytest.raises(ValueError, match="answer 'true' is not among the choices"):
+        load_examples(DataConfig(path=str(path), choices=["correct", "incorrect"]), "train")
+    path.write_bytes("question,answer\nÉté ?,a\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"data\.path='.*rows\.csv' cannot be read as csv: .*utf-8"):
+        load_examples(DataConfig(path=str(path), choices=["a", "b"]), "train")
 
 
 def test_dates_in_json_are_refused_where_they_would_change(tmp_path):
     row = {"question": "When?", "answer": "2020-01-02", "choices": ["2020-01-02", "2021-03-04"]}
     with pytest.raises(ValueError, match=r"columns \['answer', 'choices'\] were read as dates"):
         load([row], tmp_path)
+    named = {
+        "question": "When?",
+        "fields": [{"name": "timestamp", "options": ["a", "b"]}],
+        "answer": {"timestamp": "a"},
+    }
+    assert load([named], tmp_path)[0].answers == ("a",)
+
+
+def test_answers_are_all_texts_or_none_is(tmp_path):
+    rows = [{**ROW, "answer": answer, "choices": ["7", "007"]} for answer in ("007", 7)]
+    with pytest.raises(ValueError, match="column 'answer' mixes texts and numbers"):
+        load(rows, tmp_path)
+    rows = [{**ROW, "answer": answer, "fields": ["A"], "choices": ["7", "007"]} for answer in ({"A": "007"}, ["7"])]
+    assert [example.answers for example in load(rows, tmp_path)] == [("007",), ("7",)]
+
+
+def test_a_column_that_is_not_there_is_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"no column 'passage' and no 'context': .* not read: \['text'\]"):
+        load([{"text": "A is left of B.", **ROW}], tmp_path, column_mapping={"context": "passage"})
+    with pytest.warns(UserWarning, match="column 'contxt' is not read: is 'context' meant"):
+        load([{"contxt": "A is left of B.", **ROW}], tmp_path)
 
 
 def test_a_path_into_a_column(tmp_path):
@@ -129,13 +155,15 @@ def test_a_path_into_a_column(tmp_path):
     assert example.fields[0].options == ("one", "two") and example.answers == ("two",)
     with pytest.raises(ValueError, match=r"'choices\.texts' finds nothing in .*KeyError"):
         load([row], tmp_path, column_mapping=mapping | {"choices": "choices.texts"})
+    assert load([ROW], tmp_path, column_mapping=mapping)[0].answers == ("a",)  # a local copy in canonical columns
 
 
 def test_a_column_misspelt_is_refused(tmp_path):
     rows = [{"passage": "A is left of B.", **ROW}]
     with pytest.raises(ValueError, match="names 'pasage': is 'passage' meant"):
         load(rows, tmp_path, column_mapping={"context": "pasage"})
-    assert load(rows, tmp_path, column_mapping={"context": "story"})[0].context is None  # canonical columns
+    canonical = [{"context": "A is left of B.", **ROW}]
+    assert load(canonical, tmp_path, column_mapping={"context": "story"})[0].context == "A is left of B."
 
 
 @pytest.mark.parametrize("depth", [2.5, "0.5", -3])

@@ -114,3 +114,13 @@ def test_shipped_tasks_name_their_source(name):
 
 def test_all_shipped_tasks_are_listed_here():
     assert sorted(path.stem for path in TASKS.glob("*.yaml")) == SHIPPED
+
+
+def test_only_training_documents_are_few(monkeypatch):
+    asked = []
+    monkeypatch.setattr(documents, "load_examples", lambda config, split: asked.append((split, config)) or [])
+    found = documents.load({"reasoning_gym": "mini_sudoku", "max_train_examples": 10_000})
+    for split in ("train", "valid"):
+        found.examples(split)
+    sizes = {split: config.max_train_examples for split, config in asked}
+    assert sizes == {"train": documents.MAX_TRAIN_EXAMPLES, "valid": 10_000}  # of which valid leaves out what is there

@@ -50,6 +50,26 @@ def test_lora_learns_what_the_frozen_model_cannot(config):
     assert result["train_seconds"] > 0
 
 
+def test_lora_is_scored_with_the_end_it_learned(config, monkeypatch):
+    ends = []
+    monkeypatch.setattr("hybrid.lora.zero_shot", lambda *_, end: ends.append(end) or {"accuracy_by_depth": []})
+    config.training.num_updates = 1
+    folder = train_lora(config)
+    monkeypatch.setattr("hybrid.lora._end", lambda tokenizer: "</s>")
+    evaluate_lora(folder, config, load_examples(config.data, "valid"))
+    assert ends == ["</s>"]
+
+
+@pytest.mark.parametrize(("decay", "last"), [("cosine", 0.1), ("constant", 1.0)])
+def test_the_rate_of_lora_is_that_of_heads(config, decay, last):
+    config.training.decay, config.training.log_every = decay, 1
+    train_lora(config)
+    lines = [json.loads(line) for line in (Path(config.training.output_folder) / "log.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] / config.training.learning_rate for line in lines if "learning_rate" in line]
+    assert rates[0] < 0.5 and max(rates) == pytest.approx(1.0, abs=0.01)  # warm-up, then the peak
+    assert rates[-1] == pytest.approx(last, abs=0.02)
+
+
 def test_a_tokenizer_without_padding_pads_all_the_same(config):
     backbone = load_backbone(config.backbone)
     rows = _rows(backbone, load_examples(config.data, "train"), config.text)

@@ -228,16 +228,20 @@ def test_unknown_config_keys_are_named():
         HybridConfig(reasoner={"dim": 64, "num_heads": 4, "depth": 3})
 
 
-def test_options_that_are_one_vector_are_told(model):
+def test_texts_that_are_one_vector_are_told_once(model, backbone):
     asked = [Field("answer", ["left right", "right left", "above"])]
     with pytest.warns(UserWarning, match=r"options \['left right', 'right left'\] have the same tokens"):
         model.field_batch([asked])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.field_batch([asked])  # once is enough
-        model.field_batch([[Field("answer", ["left", "right"])]])
-    with pytest.warns(UserWarning, match=r"names \['A B', 'B A'\]"):
-        model.field_batch([[Field("A B", CHOICES), Field("B A", CHOICES)]])
+        model.field_batch([[Field("answer", ["left above", "above left"])]])
+    for fields, told in (
+        ([Field("A B", CHOICES), Field("B A", CHOICES)], r"names \['A B', 'B A'\]"),
+        ([Field("answer", ["A", "A A"])], r"options \['A', 'A A'\]"),
+    ):
+        model.attach_backbone(backbone)
+        with pytest.warns(UserWarning, match=told):
+            model.field_batch([fields])
 
 
 @pytest.mark.parametrize(

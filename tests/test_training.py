@@ -341,6 +341,19 @@ def test_what_the_example_before_left_ends_no_example(folder, backbone):
     assert not first.rows.halted.any() and not second.rows.halted.any()
 
 
+def test_a_curriculum_counts_what_was_asked(folder, backbone, monkeypatch):
+    config, asked = tiny_run(folder, curriculum=0.9), []
+    trainer = Trainer(config, *prepare(config, Accelerator(cpu=True), backbone), Accelerator(cpu=True))
+    monkeypatch.setattr(trainer.curriculum, "record", lambda examples, right: asked.extend(examples))
+
+    def nothing_due(rows, steps, labels):
+        return labels.masked_fill(torch.arange(len(labels))[:, None] % 2 == 0, IGNORED)
+
+    monkeypatch.setattr(trainer.train, "due_labels", nothing_due)
+    trainer.update()
+    assert 0 < len(asked) <= config.training.batch_size // 2
+
+
 def test_a_curriculum_needs_depths():
     with pytest.warns(UserWarning, match="rows of several depths are needed"):
         Curriculum([1, None, 1], 0.5)
