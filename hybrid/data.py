@@ -182,7 +182,10 @@ def spread_depths(examples: Sequence[Example], seed: int, *, proportional: bool)
 def read_path(path: Path) -> dict[str, Rows]:
     """Read a file, split by its column `split` if it has one, or a folder with one file per split."""
     if not path.exists():
-        raise FileNotFoundError(f"data.path={str(path)!r} does not exist: expected a file, or a folder of files")
+        raise FileNotFoundError(
+            f"data.path={str(path)!r} does not exist: expected a file, or a folder of files; `hybrid eval HEAD --data`"
+            " takes another one"
+        )
     if path.is_dir():
         return {file.stem: _read_file(file) for file in sorted(path.iterdir()) if file.suffix in READERS}
     rows = _read_file(path)
