@@ -12,10 +12,11 @@ from __future__ import annotations
 import errno
 import json
 import math
+import reprlib
 import signal
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -761,6 +762,7 @@ def prepare(
         for example in (*examples["train"], *examples["valid"]):
             answer_text(config.text, example)
     check_due(config, examples["train"])
+    accelerator.print(told(examples))
     backbone = backbone or load_backbone(config.backbone, accelerator.device)
     common = common_fields(examples["train"])
     is_single = common is not None and list(common) == ["answer"]
@@ -790,6 +792,21 @@ def prepare(
     if config.training.start_from is None:
         model.adapter.fit_statistics(_sample_states(model, embedded["train"], config.training.seed))
     return model, embedded["train"], embedded["valid"]
+
+
+def told(examples: Mapping[str, Sequence[Example]]) -> str:
+    """What a run has before it, in a line: questions, those with a context, depths, options."""
+    train, valid = examples["train"], examples["valid"]
+    depths = sorted({example.depth for example in train if example.depth is not None})
+    options = {option for example in train for field in example.fields for option in field.options}
+    shown = reprlib.repr(sorted(options)) if len(options) <= 6 else f"{len(options):,} different"
+    parts = [
+        f"training on {len(train):,} questions, {sum(e.context is not None for e in train):,} of them with a context",
+        f"{len(valid):,} for validation",
+        f"depths {depths[0]} to {depths[-1]}" if depths else "no depths",
+        f"options: {shown}",
+    ]
+    return "; ".join(parts)
 
 
 def check_due(config: RunConfig, examples: Sequence[Example]) -> None:

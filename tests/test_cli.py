@@ -55,7 +55,9 @@ def error_of(capsys, *arguments: str) -> str:
 def test_train_eval_ask(config_file, tmp_path, capsys):
     main(["train", str(config_file), "--training.num_updates", "6"])
     head = tmp_path / "run" / "best"
-    assert f"best head: {head}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"best head: {head}" in output
+    assert "training on 64 questions, 64 of them with a context; 16 for validation; depths 1 to 2; options: " in output
 
     main(["eval", str(head), "--steps", "1,2,4", "--baselines", "zero_shot,linear_probe"])
     assert "| depth | n | head | frozen LLM, zero-shot | linear probe, pooled states |" in capsys.readouterr().out
