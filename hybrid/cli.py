@@ -669,6 +669,8 @@ def command_release(arguments: Sequence[str]) -> None:
         questions = [json.loads(line) for line in path.read_text().splitlines()]
     except json.JSONDecodeError as error:
         raise ValueError(f"--questions {parsed.questions}: expected JSON Lines, an object a line: {error}") from error
+    if wrong := [question for question in questions if not isinstance(question, dict)]:
+        raise ValueError(f"--questions {parsed.questions}: expected an object a line, not {wrong[0]!r}")
     head, folder = Path(parsed.head), Path(parsed.folder)
     release(head, folder, questions, halting=parsed.halting, max_steps=parsed.steps)
     print(f"released: {parsed.folder}")

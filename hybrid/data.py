@@ -204,17 +204,19 @@ def _read_file(path: Path) -> datasets.Dataset:
 def _read_rows(path: Path, _version: tuple[int, int]) -> datasets.Dataset:
     if path.suffix not in READERS or path.stat().st_size == 0:
         raise ValueError(f"data.path={str(path)!r}: expected a file with rows that ends in {', '.join(READERS)}")
-    options: dict[str, Any] = {"path": READERS[path.suffix], "data_files": {"rows": str(path)}, "split": "rows"}
+    kind = READERS[path.suffix]
     try:
         if path.suffix == ".csv":  # as text, else a grid of digits were a number; "None" and "NA" are texts, too
-            table = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+            table = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], index_col=False)
             return datasets.Dataset.from_pandas(table, preserve_index=False)
         # The cache is thrown away and the rows stay in memory: works offline and where nothing may be written.
         with tempfile.TemporaryDirectory() as folder:
-            return datasets.load_dataset(**options, cache_dir=folder, keep_in_memory=True)
+            return datasets.load_dataset(
+                kind, data_files={"rows": str(path)}, split="rows", cache_dir=folder, keep_in_memory=True
+            )
     except (DatasetGenerationError, ValueError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
-        raise ValueError(f"data.path={str(path)!r} cannot be read as {READERS[path.suffix]}: {reason}") from error
+        raise ValueError(f"data.path={str(path)!r} cannot be read as {kind}: {reason}") from error
 
 
 def _read_hub(config: DataConfig) -> dict[str, Rows]:
@@ -264,13 +266,12 @@ def _canonical_rows(config: DataConfig, rows: Rows) -> list[dict[str, Any]]:
         texts = {name: kind.names for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
         mixed = {name for name, kind in rows.features.items() if str(kind).startswith("Json")}
         rows = [row | {k: texts[k][row[k]] for k in texts if row[k] is not None} for row in rows.to_list()]
-        asked = {name for column in ("question", "answer") if column in sources for name in sources[column][1]}
-        if numbers := [
-            name for name in asked & mixed if any(isinstance(row[name], bool | int | float) for row in rows)
-        ]:
-            raise ValueError(
-                f"column {numbers[0]!r} mixes texts and numbers, and a text like '7' becomes one: quote all"
-            )
+        texts_of = (sources[column][1] for column in ("context", "question", "answer") if column in sources)
+        for name in sorted(mixed & {name for names in texts_of for name in names}):
+            if any(isinstance(row[name], bool | int | float) for row in rows):
+                raise ValueError(
+                    f"column {name!r} mixes texts and numbers, and a text like '7' becomes one: quote all"
+                )
     return [{key: _value(row, source) for key, (source, _) in sources.items()} for row in rows]
 
 
@@ -282,7 +283,8 @@ def _value(row: Mapping[str, Any], source: str) -> Any:
         first = source.partition(".")[0]
         if source in row or first == source:
             return row.get(source)
-        if first in COLUMNS and not isinstance(row[first], Mapping):  # a local copy in canonical columns
+        values = row[first] if isinstance(row[first], list) else [row[first]]
+        if first in COLUMNS and all(isinstance(value, str) for value in values):  # a local copy in canonical columns
             return row[first]
         return reduce(operator.getitem, source.split("."), row)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -307,7 +309,7 @@ def _column_sources(config: DataConfig, present: Sequence[str]) -> dict[str, tup
     if is_canonical and "context" not in present and "context" in config.column_mapping:
         source = config.column_mapping["context"]
         warnings.warn(f"no column {source!r} and no 'context': questions have none; not read: {other}", stacklevel=2)
-    for column in (column for column in COLUMNS if column not in present and column not in mapping):
+    for column in (column for column in COLUMNS if column != "id" and column not in {*present, *mapping}):
         if close := difflib.get_close_matches(column, other, n=1, cutoff=0.8):
             warnings.warn(f"column {close[0]!r} is not read: is {column!r} meant?", stacklevel=2)
     sources = {}

@@ -446,6 +446,7 @@ class HybridModel(PreTrainedModel):
                     " cannot tell them apart",
                     stacklevel=3,
                 )
+                return
 
     def field_starts(self, fields: Sequence[Field], text: str) -> list[int]:
         """Number of the memory vector that each field starts from, -1 for none.

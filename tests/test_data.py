@@ -116,6 +116,9 @@ def test_csv_keeps_texts_as_they_are(tmp_path):
         assert one.answers == ("yes" if one.question == "Is it?" else "no",)
     with pytest.raises(ValueError, match="answer 'true' is not among the choices"):
         load_examples(DataConfig(path=str(path), choices=["correct", "incorrect"]), "train")
+    path.write_text("question,answer,depth\nWhich?,a,1,\n")  # one comma too many
+    (one,) = load_examples(DataConfig(path=str(path), choices=["a", "b"]), "train")
+    assert (one.question, one.answers, one.depth) == ("Which?", ("a",), 1)
     path.write_bytes("question,answer\nÉté ?,a\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"data\.path='.*rows\.csv' cannot be read as csv: .*utf-8"):
         load_examples(DataConfig(path=str(path), choices=["a", "b"]), "train")
@@ -156,6 +159,9 @@ def test_a_path_into_a_column(tmp_path):
     with pytest.raises(ValueError, match=r"'choices\.texts' finds nothing in .*KeyError"):
         load([row], tmp_path, column_mapping=mapping | {"choices": "choices.texts"})
     assert load([ROW], tmp_path, column_mapping=mapping)[0].answers == ("a",)  # a local copy in canonical columns
+    with pytest.raises(ValueError, match=r"'choices\.text' finds nothing in"):
+        listed = [{"label": "A", "text": "one"}, {"label": "B", "text": "two"}]
+        load([row | {"choices": listed}], tmp_path, column_mapping=mapping)
 
 
 def test_a_column_misspelt_is_refused(tmp_path):

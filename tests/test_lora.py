@@ -50,11 +50,13 @@ def test_lora_learns_what_the_frozen_model_cannot(config):
     assert result["train_seconds"] > 0
 
 
-def test_lora_is_scored_with_the_end_it_learned(config, monkeypatch):
+def test_lora_keeps_its_options_and_is_scored_with_the_end_it_learned(config, monkeypatch):
     ends = []
     monkeypatch.setattr("hybrid.lora.zero_shot", lambda *_, end: ends.append(end) or {"accuracy_by_depth": []})
     config.training.num_updates = 1
+    config.data.choices = None
     folder = train_lora(config)
+    assert yaml.safe_load((folder / "run.yaml").read_text())["data"]["choices"] == ["above", "below", "left", "right"]
     monkeypatch.setattr("hybrid.lora._end", lambda tokenizer: "</s>")
     evaluate_lora(folder, config, load_examples(config.data, "valid"))
     assert ends == ["</s>"]

@@ -229,18 +229,19 @@ def test_unknown_config_keys_are_named():
 
 
 def test_texts_that_are_one_vector_are_told_once(model, backbone):
-    asked = [Field("answer", ["left right", "right left", "above"])]
-    with pytest.warns(UserWarning, match=r"options \['left right', 'right left'\] have the same tokens"):
+    asked = [Field("A", ["left right", "right left", "above"]), Field("B", ["left above", "above left"])]
+    with pytest.warns(UserWarning, match=r"options \['left right', 'right left'\] have the same tokens") as told:
         model.field_batch([asked])
+    assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.field_batch([[Field("answer", ["left above", "above left"])]])
-    for fields, told in (
+    for fields, expected in (
         ([Field("A B", CHOICES), Field("B A", CHOICES)], r"names \['A B', 'B A'\]"),
         ([Field("answer", ["A", "A A"])], r"options \['A', 'A A'\]"),
     ):
         model.attach_backbone(backbone)
-        with pytest.warns(UserWarning, match=told):
+        with pytest.warns(UserWarning, match=expected):
             model.field_batch([fields])
 
 
