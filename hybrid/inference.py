@@ -171,9 +171,8 @@ def slot_noise(sizes: Sequence[int], dim: int, seed: int) -> Tensor:
     noise = []
     for kind, size in enumerate(sizes):
         generator = torch.Generator().manual_seed(len(sizes) * seed + kind)
-        noise += [
-            torch.randn(dim, generator=generator) for _ in range(size)
-        ]  # one by one: fewer are the first of more
+        # One by one: fewer are the first of more.
+        noise += [torch.randn(dim, generator=generator) for _ in range(size)]
     return ROLLOUT_NOISE * torch.stack(noise)
 
 

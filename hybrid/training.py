@@ -798,7 +798,7 @@ def told(examples: Mapping[str, Sequence[Example]]) -> str:
     """What a run has before it, in a line: questions, those with a context, depths, options."""
     train, valid = examples["train"], examples["valid"]
     depths = sorted({example.depth for example in train if example.depth is not None})
-    options = {option for example in train for field in example.fields for option in field.options}
+    options = {option for fields in {e.fields for e in train} for field in fields for option in field.options}
     shown = reprlib.repr(sorted(options)) if len(options) <= 6 else f"{len(options):,} different"
     parts = [
         f"training on {len(train):,} questions, {sum(e.context is not None for e in train):,} of them with a context",
