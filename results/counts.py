@@ -5,6 +5,7 @@
 Read apart, a sentence is embedded once: how many are there? Of bAbI's test questions, how many does training ask in
 the same words, as it is and with the copies of `results/stories.py`? And how many ProofWriter questions does the
 polarity of the statement alone answer, of those that `results/theories.py` keeps for validation, and of the test's?
+How many answers of CLUTRR begin with another option?
 """
 
 from __future__ import annotations
@@ -33,14 +34,20 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("data", type=Path, help="folder of the local copies")
     parser.add_argument("--output", type=Path, required=True)
     parsed = parser.parse_args(arguments)
-    names = {"stepgame": "stepgame_clean", "babi": "babi_en", "proofwriter": "proofwriter_d5"}
+    names = {
+        "stepgame": "stepgame_clean",
+        "babi": "babi_en",
+        "proofwriter": "proofwriter_d5",
+        "clutrr": "clutrr_089907f8",
+    }
     sets = {name: read_rows(parsed.data / f"{file}.jsonl") for name, file in names.items()}
     held_out = [row for row in with_statements(sets["proofwriter"], copies=0, most=0) if row["split"] == "valid"]
     counts = {
-        "sentences": {name: len(distinct(rows)) for name, rows in sets.items()},
+        "sentences": {name: len(distinct(rows)) for name, rows in sets.items() if name != "clutrr"},
         "babi_test_questions_asked_in_training": asked_again(sets["babi"]),
         "proofwriter_validation_by_polarity": by_polarity(held_out),
         "proofwriter_test_by_polarity": by_polarity([row for row in sets["proofwriter"] if row["split"] == "dev"]),
+        "clutrr_test_in_laws": in_laws([row for row in sets["clutrr"] if row["split"] == "test"]),
     }
     write_results(parsed.output, {**counts, **provenance(shlex.join(["python", "results/counts.py", *arguments]), 0)})
 
@@ -48,6 +55,12 @@ def main(arguments: Sequence[str]) -> None:
 def distinct(rows: Sequence[dict[str, Any]]) -> set[str]:
     """The sentences of contexts and questions, each once."""
     return {sentence for row in rows for _, sentence in sentences(one_text(row["context"], row["question"]))}
+
+
+def in_laws(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Questions whose answer begins with another option (`son-in-law`), by hops."""
+    by_hops = Counter(row["depth"] for row in rows if row["answer"].endswith("-in-law"))
+    return {"n": len(rows), "by_hops": dict(sorted(by_hops.items()))}
 
 
 def asked_again(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:

@@ -476,9 +476,12 @@ def test_what_the_sets_hold_is_counted(tmp_path, monkeypatch):
         (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     theory = {"split": "train", "context": THEORY, "question": "The cat is red.", "answer": "True"}
     (tmp_path / "proofwriter_d5.jsonl").write_text(json.dumps(theory) + "\n")
+    asked = [{"split": "test", "depth": 3, "answer": answer} for answer in ("son", "son-in-law")]
+    (tmp_path / "clutrr_089907f8.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     counts.main([str(tmp_path), "--output", str(tmp_path / "counts.json")])
     written = json.loads((tmp_path / "counts.json").read_text())
     assert written["sentences"] == {"stepgame": 3, "babi": 3, "proofwriter": 9}
+    assert written["clutrr_test_in_laws"] == {"n": 2, "by_hops": {"3": 1}}
     assert written["proofwriter_validation_by_polarity"] == {"n": 1, "right": 1, "accuracy": 1.0}
 
 
