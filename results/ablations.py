@@ -42,8 +42,8 @@ SMALL = ["--backbone.template", "plain", "--backbone.layers", "[0, 12]", "--reas
 BASES = {  # configuration, and what is changed in it
     "mini_sudoku": ["mini_sudoku", *SMALL, "--data.places", "true", "--data.max_eval_examples", "500",
                     "--reasoner.refine_memory", "false", "--training.num_updates", "400"],
-    "stepgame": ["stepgame_chains", "--training.num_updates", "2000", "--training.recursion_schedule",
-                 '[{"start": 0, "max_steps": 1}, {"start": 1250}]'],
+    "stepgame": ["stepgame_chains", "--training.num_updates", "8000", "--training.recursion_schedule",
+                 '[{"start": 0, "max_steps": 1}, {"start": 1500, "max_steps": 2}, {"start": 3000}]'],
 }  # fmt: skip
 BASELINES = {"one_pass": one_pass, "deep": deep}
 CYCLES = "1 step of 4 cycles, gradient through"
@@ -77,7 +77,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "no language model": ["--backbone.layers", "[0]"],
     },
     "stepgame": {
-        "base: n = 1, T = 1, 1 step, then 4": [],
+        "base: n = 1, T = 1, 1 step, 2, then 4": [],
         **SHARED,
         "4 steps from the start": ["--training.recursion_schedule", "[]"],
         "1 step": ["--training.recursion_schedule", "[]", "--reasoner.max_steps", "1"],
