@@ -73,7 +73,21 @@ def _parse(parser: Any, arguments: Sequence[str]) -> Any:
     try:
         return parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{error}{_did_you_mean(parser, str(error))}") from error
+
+
+def _did_you_mean(parser: Any, message: str) -> str:
+    """The flag most like the first one that the message does not recognize, of its section if it names one."""
+    import re
+    from difflib import SequenceMatcher
+
+    if not (unknown := re.search(r"unrecognized arguments: --([^\s=]+)", message)):
+        return ""
+    section, _, name = unknown[1].rpartition(".")
+    flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith(f"--{section}")]
+    likeness = {flag: SequenceMatcher(None, flag.lstrip("-").rpartition(".")[2], name).ratio() for flag in flags}
+    best = max(flags, key=likeness.__getitem__, default="")
+    return f" (did you mean {best}?)" if likeness.get(best, 0) > 0.6 else ""
 
 
 def run_config(arguments: Sequence[str], command: str) -> tuple[RunConfig, Any]:

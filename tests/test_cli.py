@@ -330,8 +330,9 @@ def test_env_and_help(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--training.lr", "1"], "training.lr"),
-        (["--training.learning_rat", "1"], "training.learning_rat"),
+        (["--training.lr", "1"], "--training.lr"),
+        (["--training.learning_rat", "1"], "--training.learning_rat 1 (did you mean --training.learning_rate?)"),
+        (["--max_steps", "1"], "(did you mean --reasoner.max_steps?)"),
         (["--reasoner.dim", "wide"], "reasoner.dim"),
         (["--reasoner.num_heads", "5"], "reasoner.num_heads=5: expected a divisor of dim=32"),
         (["--training.batch_size", "0"], "training.batch_size=0"),
