@@ -314,6 +314,18 @@ def test_a_puzzle_has_the_one_solution_that_its_words_have(tmp_path, monkeypatch
             fitting += [{name: "knight" if is_knight[name] else "knave" for name in row["answer"]}] * all(fits)
         assert fitting == [row["answer"]]
 
+    alone = [row for row in rows if row["id"].startswith("statement")]
+    assert {row["depth"] for row in alone} == {0} and len({row["answer"]["the form"] for row in alone}) == 6
+    for row in alone:
+        words = row["context"].split(". ")[3]
+        [(begin, first, no, kind, join, second, _, other)] = told.findall(words)
+        answer, named = row["answer"], {first: f"a {kind} in the first place"}
+        if join:
+            named[second] = f"a {other} in the second place"
+        assert {name: how for name, how in answer.items() if how in knights.NAMED[1:]} == named
+        assert answer.pop("the form") == f"{begin.lower()}{join.strip() or ('is not' if no else 'is')}"
+        assert answer.pop("the speaker") in set(re.findall(r"[A-Z]\w+", told.sub("", words))) & set(answer)
+
 
 def test_passages_are_told_in_any_order(monkeypatch):
     first = "Al took his son Bo fishing. They caught nothing. His sister Cy had more luck!"
