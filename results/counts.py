@@ -5,7 +5,8 @@
 Read apart, a sentence is embedded once: how many are there? Of bAbI's test questions, how many does training ask in
 the same words, as it is and with the copies of `results/stories.py`? And how many ProofWriter questions does the
 polarity of the statement alone answer, of those that `results/theories.py` keeps for validation, and of the test's?
-How many answers of CLUTRR begin with another option?
+How many answers of CLUTRR begin with another option? How much of the test puzzles about knights does training say,
+with the puzzles of `results/knights.py`?
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from knights import said_in, with_generated
 from rows import read_rows
 from stories import in_other_words
 from theories import with_statements
@@ -39,15 +41,17 @@ def main(arguments: Sequence[str]) -> None:
         "babi": "babi_en",
         "proofwriter": "proofwriter_d5",
         "clutrr": "clutrr_089907f8",
+        "knights": "knights_knaves",
     }
     sets = {name: read_rows(parsed.data / f"{file}.jsonl") for name, file in names.items()}
     held_out = [row for row in with_statements(sets["proofwriter"], copies=0, most=0) if row["split"] == "valid"]
     counts = {
-        "sentences": {name: len(distinct(rows)) for name, rows in sets.items() if name != "clutrr"},
+        "sentences": {name: len(distinct(rows)) for name, rows in sets.items() if name not in ("clutrr", "knights")},
         "babi_test_questions_asked_in_training": asked_again(sets["babi"]),
         "proofwriter_validation_by_polarity": by_polarity(held_out),
         "proofwriter_test_by_polarity": by_polarity([row for row in sets["proofwriter"] if row["split"] == "dev"]),
         "clutrr_test_in_laws": in_laws([row for row in sets["clutrr"] if row["split"] == "test"]),
+        "knights_test_said_in_training": said_again(with_generated(sets["knights"])),
     }
     write_results(parsed.output, {**counts, **provenance(shlex.join(["python", "results/counts.py", *arguments]), 0)})
 
@@ -74,6 +78,20 @@ def asked_again(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
             **{str(task): n for task, n in sorted(Counter(r["task"] for r in again).items())},
         }
     return found
+
+
+def said_again(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Test puzzles whose sentences are all those of one training puzzle, and sentences that training has."""
+    said = {split: [said_in(row) for row in rows if row["split"] == split] for split in ("train", "test")}
+    puzzles, known = {frozenset(each) for each in said["train"]}, set().union(*said["train"])
+    return {
+        "rows": len(rows),
+        "sentences": len(set().union(*map(said_in, rows))),
+        "test_puzzles": len(said["test"]),
+        "test_puzzles_in_training": sum(frozenset(each) in puzzles for each in said["test"]),
+        "test_sentences": len(set().union(*said["test"])),
+        "test_sentences_in_training": len(set().union(*said["test"]) & known),
+    }
 
 
 def by_polarity(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

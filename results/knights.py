@@ -146,13 +146,19 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--statements", type=int, default=6, help="statements that a person of a group makes")
     parsed = parser.parse_args(arguments)
-    published = read_rows(parsed.data)
+    rows = with_generated(read_rows(parsed.data), parsed.statements)
+    write_rows(parsed.output, rows)
+    print(f"{len(rows)} rows, {len(set().union(*map(said_in, rows)))} different sentences")
+
+
+def with_generated(published: Sequence[Row], statements_each: int = 6) -> list[Row]:
+    """The published rows, and generated ones in training."""
     names = sorted({name for row in published if row["split"] == "train" for name in row["answer"]})
     rows, generator = [], random.Random(0)
     for size, (num_groups, num_puzzles) in GROUPS.items():
         for _ in range(num_groups):
             group = generator.sample(names, size)
-            said = statements(group, parsed.statements, generator)
+            said = statements(group, statements_each, generator)
             rows += reading_rows(len(rows), group, said)
             found = puzzles(said, num_puzzles, generator)
             rows += [to_row(len(rows) + number, group, *puzzle) for number, puzzle in enumerate(found)]
@@ -171,9 +177,12 @@ def main(arguments: Sequence[str]) -> None:
                 rows.append(row | {"split": "valid"})
             elif row["depth"] in GROUPS:
                 rows.append(row)
-    write_rows(parsed.output, rows)
-    said = {s for row in rows for s in re.split(r'(?<=[.])\s+|(?<=[.]")\s+', row["context"])}
-    print(f"{len(rows)} rows, {len(said)} different sentences")
+    return rows
+
+
+def said_in(row: Row) -> set[str]:
+    """The sentences of a puzzle."""
+    return set(re.split(r'(?<=[.])\s+|(?<=[.]")\s+', row["context"]))
 
 
 if __name__ == "__main__":

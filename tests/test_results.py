@@ -490,9 +490,19 @@ def test_what_the_sets_hold_is_counted(tmp_path, monkeypatch):
     (tmp_path / "proofwriter_d5.jsonl").write_text(json.dumps(theory) + "\n")
     asked = [{"split": "test", "depth": 3, "answer": answer} for answer in ("son", "son-in-law")]
     (tmp_path / "clutrr_089907f8.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    monkeypatch.setattr(knights, "GROUPS", {2: (1, 1)})
+    puzzle = {
+        "depth": 2,
+        "context": "Al and Bo. Al said that Bo lies.",
+        "answer": dict.fromkeys("Al Bo Cy Di Ed".split()),
+    }
+    puzzles = [puzzle | {"id": split, "split": split} for split in ("train", "test")]
+    (tmp_path / "knights_knaves.jsonl").write_text("".join(json.dumps(row) + "\n" for row in puzzles))
     counts.main([str(tmp_path), "--output", str(tmp_path / "counts.json")])
     written = json.loads((tmp_path / "counts.json").read_text())
     assert written["sentences"] == {"stepgame": 3, "babi": 3, "proofwriter": 9}
+    found = {name: count for name, count in written["knights_test_said_in_training"].items() if "test" in name}
+    assert found == dict(zip(found, (1, 1, 2, 2), strict=True))
     assert written["clutrr_test_in_laws"] == {"n": 2, "by_hops": {"3": 1}}
     assert written["proofwriter_validation_by_polarity"] == {"n": 1, "right": 1, "accuracy": 1.0}
 
