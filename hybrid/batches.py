@@ -161,6 +161,8 @@ def embed_examples(
     """
     fingerprint, num_layers = backbone.fingerprint(), backbone.num_stored_layers
     cache = FeatureCache.open(config.folder, fingerprint, num_layers, backbone.dim, config.storage)
-    return {
-        role: EmbeddedExamples(rows, backbone, cache, config.token_budget, progress) for role, rows in examples.items()
+    embedded = {
+        role: EmbeddedExamples(examples[role], backbone, cache, config.token_budget, progress)
+        for role in sorted(examples, key=lambda role: len(examples[role]))  # a text that is too long is found early
     }
+    return {role: embedded[role] for role in examples}

@@ -12,6 +12,7 @@ import resource
 import signal
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
@@ -20,6 +21,8 @@ import torch
 
 from hybrid import features
 from hybrid.backbone import Prompt
+from hybrid.batches import embed_examples
+from hybrid.config import FeatureConfig
 from hybrid.features import FeatureCache, Features, fill_cache, text_key
 
 FORK = multiprocessing.get_context("fork")
@@ -545,3 +548,11 @@ def test_errors_on_opening_give_one_line(tmp_path, monkeypatch, error, fix):
     with pytest.raises(RuntimeError) as raised:
         open_cache(tmp_path)
     assert_one_line(raised, store_folder(tmp_path), fix)
+
+
+def test_a_text_that_is_too_long_is_found_before_the_largest_set_is_embedded(backbone, examples, tmp_path):
+    sets = {"train": examples, "valid": [replace(examples[0], question=examples[0].question * 40)]}
+    with pytest.raises(ValueError, match="shorten it"):
+        embed_examples(FeatureConfig(folder=str(tmp_path)), backbone, sets, progress=False)
+    cache = FeatureCache.open(tmp_path, backbone.fingerprint(), backbone.num_stored_layers, backbone.dim)
+    assert len(cache) == 0
