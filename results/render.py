@@ -47,7 +47,7 @@ TITLES = {
     "proofwriter_smollm2": "ProofWriter (dev)",
     "babi_smollm2": "bAbI, all twenty tasks",
     "family_smollm2": "families",
-    "islanders_smollm2": "Knights & Knaves",
+    "knights_knaves_smollm2": "Knights & Knaves",
 }
 SUMMARY = "set", "answered by", "n", "all", "deepest", "trainable", "training, s", "one answer, ms"
 
