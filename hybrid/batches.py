@@ -161,8 +161,9 @@ def embed_examples(
     """
     fingerprint, num_layers = backbone.fingerprint(), backbone.num_stored_layers
     cache = FeatureCache.open(config.folder, fingerprint, num_layers, backbone.dim, config.storage)
+    smallest_first = sorted(examples, key=lambda role: len(examples[role]))  # what is wrong in it is found early
     embedded = {
         role: EmbeddedExamples(examples[role], backbone, cache, config.token_budget, progress)
-        for role in sorted(examples, key=lambda role: len(examples[role]))  # a text that is too long is found early
+        for role in smallest_first
     }
     return {role: embedded[role] for role in examples}

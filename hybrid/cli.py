@@ -83,11 +83,12 @@ def _did_you_mean(parser: Any, message: str) -> str:
 
     if not (unknown := re.search(r"unrecognized arguments: --([^\s=]+)", message)):
         return ""
-    section, _, name = unknown[1].rpartition(".")
-    flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith(f"--{section}")]
+    section, dot, name = unknown[1].rpartition(".")
+    flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    flags = [flag for flag in flags if flag.startswith(f"--{section}{dot}")] or flags
     likeness = {flag: SequenceMatcher(None, flag.lstrip("-").rpartition(".")[2], name).ratio() for flag in flags}
-    best = max(flags, key=likeness.__getitem__, default="")
-    return f" (did you mean {best}?)" if likeness.get(best, 0) > 0.6 else ""
+    best = max(flags, key=likeness.__getitem__)
+    return f" (did you mean {best}?)" if likeness[best] > 0.6 else ""
 
 
 def run_config(arguments: Sequence[str], command: str) -> tuple[RunConfig, Any]:

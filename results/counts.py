@@ -81,12 +81,16 @@ def asked_again(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def said_again(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Test puzzles whose sentences are all those of one training puzzle, and sentences that training has."""
+    """Test puzzles with the sentences of one training puzzle, introductions included, and sentences training has.
+
+    `rows` and `sentences` are of all splits.
+    """
     said = {split: [said_in(row) for row in rows if row["split"] == split] for split in ("train", "test")}
     puzzles, known = {frozenset(each) for each in said["train"]}, set().union(*said["train"])
     return {
         "rows": len(rows),
         "sentences": len(set().union(*map(said_in, rows))),
+        "train_sentences": len(known),
         "test_puzzles": len(said["test"]),
         "test_puzzles_in_training": sum(frozenset(each) in puzzles for each in said["test"]),
         "test_sentences": len(set().union(*said["test"])),

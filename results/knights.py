@@ -5,10 +5,10 @@
 The published puzzles say one of six things (`Zoey is a knave`, `Zoey is not a knave`, and two such joined by `and`,
 `or`, `if` or `if and only if`) in one of eighteen ways (`Noah remarked, "..."`). Groups of two to six people make six
 statements each, and a choice of one for each person that has a single solution is a puzzle: a head that reads each
-sentence apart embeds few of them for many puzzles. Each comes as it is, and with what some of the people are: its
-depth is the number of the others, so that a curriculum can begin with a single one. The published training puzzles
-of so many people are trained on, too, but for every tenth, which is kept for validation. The published test puzzles
-stay as they are.
+sentence apart embeds few of them for many puzzles. The depth of a puzzle is the number of its people. Each statement
+of a group is a row of its own, too, of depth 0, that asks who says it, in which form, and as what each person is
+named; a few of new groups are kept for validation. Of the published training puzzles every tenth is kept for
+validation, the others of two to six people are trained on; the published test puzzles stay as they are.
 """
 
 from __future__ import annotations
