@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from knights import said_in, with_generated
+from knights import with_generated
 from rows import read_rows
 from stories import in_other_words
 from theories import with_statements
@@ -85,11 +85,12 @@ def said_again(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
     `rows` and `sentences` are of all splits.
     """
-    said = {split: [said_in(row) for row in rows if row["split"] == split] for split in ("train", "test")}
+    in_all = [(row["split"], {sentence for _, sentence in sentences(row["context"])}) for row in rows]
+    said = {split: [each for of, each in in_all if of == split] for split in ("train", "test")}
     puzzles, known = {frozenset(each) for each in said["train"]}, set().union(*said["train"])
     return {
         "rows": len(rows),
-        "sentences": len(set().union(*map(said_in, rows))),
+        "sentences": len(set().union(*(each for _, each in in_all))),
         "train_sentences": len(known),
         "test_puzzles": len(said["test"]),
         "test_puzzles_in_training": sum(frozenset(each) in puzzles for each in said["test"]),
