@@ -17,6 +17,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 SMOLLM2 = "smollm2"  # the embedded default backbone, see `backbone.py`
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what it is a 4-bit copy of
 
 
 def _check(condition: bool, name: str, value: object, expected: str) -> None:

@@ -20,7 +20,7 @@ base_model: {base_model}
 
 # {name}
 
-A {num_parameters:,}-parameter recursive reasoner on top of the frozen `{base_model}` (layers {layers}, template
+A {num_parameters:,}-parameter recursive reasoner on top of the frozen `{backbone}` (layers {layers}, template
 `{template}`, memory of {memory}). Only the reasoner, its adapter and its decoder are in this folder; the language
 model is loaded from where it is published.{trained_on}
 
@@ -28,9 +28,9 @@ model is loaded from where it is published.{trained_on}
 from hybrid import {imports}
 
 model = HybridModel.from_pretrained("path/to/{name}")
-print(model.answer("..."{arguments}).value)
+{call}
 {generate}```
-{asked}
+
 Cycles in a refinement step: {num_cycles}, of {num_latent_passes} + 1 passes each. Steps at most: {max_steps}, halting
 `{halting}`. It answers whatever it is asked, worded as in training or not, and can be sure of a wrong answer: see what
 was measured. Written by hybrid {version}.
@@ -76,19 +76,38 @@ def results_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def recorded_question(folder: Path) -> str:
-    """The first question that a release recorded, with its answer, as it is asked: wording and layout matter."""
+def recorded_call(folder: Path) -> tuple[str, str] | None:
+    """What to import, and the call that asks the first question of a release, with its answer; `None` without one.
+
+    Wording and layout matter to a head, so that its card shows a question as it was asked.
+    """
     path = folder / "expected.json"
     if not path.exists():
-        return ""
+        return None
     first = json.loads(path.read_text())[0]
-    value, fields = first["value"], first.get("fields") or ()
+    value, fields = first["value"], first.get("fields")
     if isinstance(value, dict) and len(value) > MAX_SHOWN:
         value = {**dict(list(value.items())[:MAX_SHOWN]), "…": f"{len(value)} fields"}
-    lines = [f"{name}: {first[name]!r}" for name in ("context", "question", "choices") if first.get(name)]
-    if 0 < len(fields) <= MAX_SHOWN:
-        lines.append(f"fields: {fields}")
-    return "\n".join(["", "How it is asked, and what it answers:", "", "```", *lines, f"answer: {value}", "```", ""])
+    call = ["answer = model.answer(", f"    {_literal(first['question'])},"]
+    call += [f"    {name}={_literal(first[name])}," for name in ("context", "choices") if first.get(name)]
+    if fields:
+        if isinstance(fields, dict):
+            fields = [{"name": name, "options": options} for name, options in fields.items()]
+        options = [_literal(field["options"]) for field in fields]
+        if len(set(options)) == 1:
+            call.insert(0, f"options = {options[0]}")
+            options = ["options"] * len(fields)
+        places = ["" if field.get("at") is None else f", at={field['at']}" for field in fields]
+        named = zip(fields, options, places, strict=True)
+        shown = [f"        Field({_literal(field['name'])}, {text}{place})," for field, text, place in named]
+        call += ["    fields=[", *shown, "    ],"]
+    imports = "Field, HybridModel" if fields else "HybridModel"
+    return imports, "\n".join([*call, ")", "print(answer.value)", f"# {value}"])
+
+
+def _literal(value: Any) -> str:
+    """Texts, and lists and mappings of them, as Python that is also JSON."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def trained_on(run: Mapping[str, Any]) -> str:
@@ -101,7 +120,8 @@ def trained_on(run: Mapping[str, Any]) -> str:
         return ""
     parts = [f"rows of {file}, in place of {source}" if source and file else source or file]
     if depths := data.get("train_depths"):
-        parts.append(f"depths {', '.join(map(str, depths))}")
+        reached = ", as far as its curriculum came" if run.get("training", {}).get("curriculum") else ""
+        parts.append(f"depths {', '.join(map(str, depths))}{reached}")
     if most := data.get("max_train_examples"):
         parts.append(f"{most:,} rows at most")
     went_on = f"; it went on from the weights of `{'/'.join(Path(start).parts[-2:])}`" if start else ""
@@ -126,9 +146,11 @@ def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None
         "datasets_line": f"datasets: [{data['hub_id']}]\n" if data.get("hub_id") and not data.get("path") else "",
         "trained_on": trained_on(run),
     }
-    generate = 'print(model.generate_text("..."))  # the language model, steered\n' if facts.pop("writes") else ""
-    shown = {"results": results_table(folder), "asked": recorded_question(folder), "generate": generate}
-    text = CARD.format(name=folder.name, **lines, **shown, **facts)
+    general = facts["imports"], f'print(model.answer("..."{facts["arguments"]}).value)'
+    imports, call = recorded_call(folder) or general
+    generate = 'print(model.generate_text("..."))  # the language model, steered\n' if facts["writes"] else ""
+    shown = {"results": results_table(folder), "imports": imports, "call": call, "generate": generate}
+    text = CARD.format(name=folder.name, **lines, **(facts | shown))
     (folder / "README.md").write_text(text)
 
 

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from hybrid import __version__
 from hybrid.adapter import Adapter
 from hybrid.backbone import Backbone, load_backbone, native_dtype, one_text, quiet_transformers
-from hybrid.config import AdapterConfig, HybridConfig, ReasonerConfig, TextConfig
+from hybrid.config import SMOLLM2, SMOLLM2_HUB_ID, AdapterConfig, HybridConfig, ReasonerConfig, TextConfig
 from hybrid.decoder import Field, FieldBatch, FieldDecoder, TextDecoder, named
 from hybrid.hub import check_head_folder, write_card
 from hybrid.layers import init_linear_
@@ -316,7 +316,8 @@ class HybridModel(PreTrainedModel):
         else:
             asked = ', fields=[Field("...", ["yes", "no"], at=0)]' if asks_places else ', choices=["yes", "no"]'
         return {
-            "base_model": backbone.name_or_path,
+            "backbone": backbone.name_or_path,
+            "base_model": SMOLLM2_HUB_ID if backbone.name_or_path == SMOLLM2 else backbone.name_or_path,
             "layers": backbone.layers,
             "template": backbone.template,
             "memory": backbone.memory,

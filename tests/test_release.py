@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hybrid.decoder import Field
-from hybrid.hub import recorded_question, trained_on
+from hybrid.hub import recorded_call, trained_on
 from hybrid.model import HybridModel
 from hybrid.release import differences, release
 
@@ -36,21 +36,39 @@ def test_release_is_half_the_size_and_reproduces_its_answers(released, backbone)
     assert "chains" in (released / "README.md").read_text() and "partial" not in (released / "README.md").read_text()
     expected = json.loads((released / "expected.json").read_text())
     card = (released / "README.md").read_text()
-    assert f"question: {expected[0]['question']!r}\n" in card and f"answer: {expected[0]['value']}\n" in card
+    asked = f'    "{expected[0]["question"]}",\n    context="{expected[0]["context"]}",\n)\n'
+    assert asked in card and f"print(answer.value)\n# {expected[0]['value']}\n" in card
     assert set(expected[2]["value"]) == {"A", "B"} and 0 < expected[0]["probability"] <= 1
     assert differences(released, backbone) == []
 
 
 def test_card_shows_the_first_question_and_some_of_many_fields(tmp_path):
-    assert recorded_question(tmp_path) == ""
+    assert recorded_call(tmp_path) is None
     many = {f"r{number}": str(number) for number in range(20)}
     (tmp_path / "expected.json").write_text(json.dumps([{"context": "1\n2", "question": "Which?", "value": many}]))
-    shown = recorded_question(tmp_path)
-    assert "context: '1\\n2'" in shown and "'r7': '7', '…': '20 fields'" in shown and "'r8'" not in shown
-    fields = [{"name": "Al", "options": ["son", "uncle"], "at": 3}]
-    asked = {"question": "Who?", "choices": None, "fields": fields, "value": {"Al": "son"}}
+    imports, shown = recorded_call(tmp_path)
+    assert imports == "HybridModel" and 'context="1\\n2",' in shown
+    assert "'r7': '7', '…': '20 fields'" in shown and "'r8'" not in shown
+    fields = [{"name": "Al", "options": ["son", "uncle"], "at": 3}, {"name": "Jo", "options": ["son", "uncle"]}]
+    asked = {"question": "Who?", "choices": None, "fields": fields, "value": {"Al": "son", "Jo": "uncle"}}
     (tmp_path / "expected.json").write_text(json.dumps([asked]))
-    assert f"question: 'Who?'\nfields: {fields}\nanswer: {{'Al': 'son'}}" in recorded_question(tmp_path)
+    imports, shown = recorded_call(tmp_path)
+    assert imports == "Field, HybridModel"
+    assert shown.splitlines() == [
+        'options = ["son", "uncle"]',
+        "answer = model.answer(",
+        '    "Who?",',
+        "    fields=[",
+        '        Field("Al", options, at=3),',
+        '        Field("Jo", options),',
+        "    ],",
+        ")",
+        "print(answer.value)",
+        "# {'Al': 'son', 'Jo': 'uncle'}",
+    ]
+    asked["fields"] = {"Al": ["son", "uncle"], "Jo": ["aunt"]}
+    (tmp_path / "expected.json").write_text(json.dumps([asked]))
+    assert '        Field("Jo", ["aunt"]),\n' in recorded_call(tmp_path)[1]
 
 
 def test_card_says_what_the_head_was_trained_on(model, tmp_path):
@@ -66,6 +84,8 @@ def test_card_says_what_the_head_was_trained_on(model, tmp_path):
     for source, other in others.items():
         assert trained_on({"data": other}) == f"\nTrained on {source}. Its configuration is `run.yaml`."
     assert trained_on({"data": {"hub_id": None, "path": None}}) == trained_on({}) == ""
+    staged = {"data": {"path": "rows.jsonl", "train_depths": [1]}, "training": {"curriculum": 0.5}}
+    assert "`rows.jsonl`, depths 1, as far as its curriculum came. Its" in " ".join(trained_on(staged).split())
     model.save_pretrained(tmp_path)
     assert "Trained on" not in (tmp_path / "README.md").read_text()
     (tmp_path / "run.yaml").write_text(json.dumps(run))
@@ -86,14 +106,15 @@ def test_questions_whose_fields_stand_in_the_text(model, backbone, tmp_path):
     [expected] = json.loads((tmp_path / "released" / "expected.json").read_text())
     asked = [Field("answer", ["left", "right"], at=5)]
     answer = HybridModel.from_pretrained(tmp_path / "released", backbone).answer(question["question"], fields=asked)
-    assert "from hybrid import HybridModel\n" in (tmp_path / "released" / "README.md").read_text()  # it has choices
+    assert 'Field("answer", options, at=5),' in (tmp_path / "released" / "README.md").read_text()
+    assert "from hybrid import HybridModel\n" in (tmp_path / "best" / "README.md").read_text()  # it has choices
     model.config.choices = None
-    model.write_card(tmp_path / "released")
-    card = (tmp_path / "released" / "README.md").read_text()
+    model.write_card(tmp_path / "best")
+    card = (tmp_path / "best" / "README.md").read_text()
     assert "from hybrid import Field, HybridModel\n" in card and 'Field("...", ["yes", "no"], at=0)' in card
     model.config.find_names = True
-    model.write_card(tmp_path / "released")
-    assert 'fields={"...": ["yes", "no"]}' in (tmp_path / "released" / "README.md").read_text()
+    model.write_card(tmp_path / "best")
+    assert 'fields={"...": ["yes", "no"]}' in (tmp_path / "best" / "README.md").read_text()
     assert (expected["fields"], expected["probability"]) == (fields, round(answer.probability, 4))
     assert differences(tmp_path / "released", backbone) == []
     question["fields"][0]["posn"] = 5
