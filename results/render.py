@@ -180,7 +180,7 @@ OF_SETS = {"summary": summary, "matrix": matrix, "steps": steps}
 
 
 if __name__ == "__main__":
-    for page in (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md"):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         rendered = render(page.read_text())
         if "--check" not in sys.argv:
             page.write_text(rendered)
