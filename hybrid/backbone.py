@@ -293,7 +293,7 @@ class Backbone:
 
     @property
     def num_stored_layers(self) -> int:
-        """How many of them."""
+        """How many layers are stored."""
         return len(self.stored_layers)
 
     @property
@@ -526,7 +526,8 @@ class Backbone:
         """
         weight = self.model.get_input_embeddings().weight
         if self._vocabulary_statistics is None:
-            deviation, mean = torch.std_mean(weight.float(), dim=0)
+            columns = (torch.std_mean(part.float(), dim=0) for part in weight.split(64, dim=1))  # it may be large
+            deviation, mean = (torch.cat(parts) for parts in zip(*columns, strict=True))
             self._vocabulary_statistics = mean, deviation.clamp(min=1e-6)
         mean, deviation = (statistic.to(weight.device) for statistic in self._vocabulary_statistics)
         encoded = self.tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
@@ -721,11 +722,13 @@ def native_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_dot() else torch.float32
+        return torch.bfloat16 if _has_bf16_products() else torch.float32
     return torch.float32
 
 
-def _has_bf16_dot() -> bool:
+def _has_bf16_products() -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # builds without oneDNN, such as those for Apple silicon, lack the operator, too
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 

@@ -38,6 +38,7 @@ READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 VALID_NAMES = ("valid", "validation", "val", "dev")  # one split under four names
 SLICE = re.compile(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")  # train[-1000:], train[:90%]
 JSON = ('["', "[{", '{"')  # how a text begins that is a list or mapping in JSON
+MAX_ANSWERS = 1000  # of the training split, which are the options where no choices are given
 SEED_STRIDE = 10_000_000  # reasoning_gym seeds row i with seed + i: splits and seeds must lie further apart than rows
 
 Rows = datasets.Dataset | list[dict[str, Any]]
@@ -105,8 +106,11 @@ def take_examples(examples: Sequence[Example], count: int | None, seed: int) -> 
 
 def data_fingerprint(examples: Iterable[Example]) -> str:
     """Hash everything in the examples, and their order, to 16 letters that are the same on every machine."""
-    lines = (json.dumps(_hashed(example), sort_keys=True) for example in examples)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    digest, separator = hashlib.sha256(), b""
+    for example in examples:
+        digest.update(separator + json.dumps(_hashed(example), sort_keys=True).encode())
+        separator = b"\n"
+    return digest.hexdigest()[:16]
 
 
 def _hashed(example: Example) -> dict[str, Any]:
@@ -243,6 +247,11 @@ def _to_examples(config: DataConfig, split: str, rows: Rows, train_rows: Rows) -
         # A closed vocabulary: the answers of the training split alone, lest the options tell of the test answers.
         answers = [row["answer"] for row in _canonical_rows(config, train_rows)]
         choices = sorted({str(answer).strip() for answer in answers if answer is not None}) or None
+        if choices is not None and len(choices) > MAX_ANSWERS:
+            raise ValueError(
+                f"{len(choices):,} different answers and no choices, and a head chooses: give each question its own "
+                "(a column `choices`), or list all of them in data.choices"
+            )
     for number, row in enumerate(canonical, start=1):
         name = f"{split}-{number}" if row.get("id") is None else str(row["id"])
         try:
@@ -279,7 +288,7 @@ def _value(row: Mapping[str, Any], source: str) -> Any:
     """What a row has in a column, at a path into one (`choices.text`), or in a format string over several."""
     try:
         if "{" in source:
-            return source.format(**row)
+            return source.format(**{name: "" if value is None else value for name, value in row.items()})
         first = source.partition(".")[0]
         if source in row or first == source:
             return row.get(source)
@@ -336,7 +345,7 @@ def _columns_read(source: str, present: Sequence[str]) -> list[str]:
 
 def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str) -> Example:
     texts = (row.get("context") or "", row["question"] or "")
-    context, question = (" ".join(text).strip() if isinstance(text, list) else str(text).strip() for text in texts)
+    context, question = _one_line("context", texts[0]), _one_line("question", texts[1])
     if not question:
         raise ValueError("the question is empty")
     values = (row.get(column) for column in ("answer", "fields", "choices"))  # a table holds mappings as JSON
@@ -347,24 +356,23 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
         given = list(answer) if given is None else given
     elif given is None:
         given, answer = ["answer"], {"answer": answer}
-    # A field is {name, options, at}, or a name whose options are the choices.
-    listed = cast(list[Any], given)
-    if nameless := [f for f in listed if not isinstance(f, str) and "name" not in f]:
+    # A field is {name, options, at}, or a name; its options are the choices where it has none of its own.
+    listed = [{"name": f} if isinstance(f, str) else f for f in cast(list[Any], given)]
+    if nameless := [f for f in listed if not (isinstance(f, Mapping) and "name" in f)]:
         raise ValueError(f"fields {nameless}: each needs a name")
-    named: dict[str, Any] = {f: options for f in listed if isinstance(f, str)}
-    places = {f["name"]: f.get("at") for f in listed if not isinstance(f, str)}
-    named = named or {f["name"]: f.get("options", options) for f in listed}
-    if isinstance(answer, list) and len(answer) == len(named):
-        answer = {key: value for key, value in zip(named, answer, strict=True) if value is not None}
-    if not isinstance(answer, Mapping) or not answer or not set(answer) <= set(named):
-        raise ValueError(f"answer {answer!r}: expected an option for each of the fields {list(named)}, or for some")
-    if wrong := {key: values for key, values in named.items() if not isinstance(values, list | tuple)}:
+    asked = {f["name"]: options if f.get("options") is None else f["options"] for f in listed}
+    places = {f["name"]: f.get("at") for f in listed}
+    if isinstance(answer, list) and len(answer) == len(asked):
+        answer = {key: value for key, value in zip(asked, answer, strict=True) if value is not None}
+    if not isinstance(answer, Mapping) or not answer or not set(answer) <= set(asked):
+        raise ValueError(f"answer {answer!r}: expected an option for each of the fields {list(asked)}, or for some")
+    if wrong := {key: values for key, values in asked.items() if not isinstance(values, list | tuple)}:
         raise ValueError(f"choices of the fields {wrong}: expected lists of texts, or set data.choices")
     fields = tuple(
         (_field if isinstance(at := places.get(key), int | None) else Field)(
-            key, tuple(str(value).strip() for value in values), at
+            key, tuple(str(value).strip() for value in values if value is not None), at
         )
-        for key, values in named.items()
+        for key, values in asked.items()
     )
     if any(field.at is not None for field in fields):
         _check_places(fields, texts, (context, question))
@@ -372,6 +380,17 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     words, due = row.get("answer_text"), _to_due(row.get("due"), fields)
     depth, words = _to_depth(row.get("depth")), str(words) if words else None
     return Example(context or None, question, fields, answers, depth, name, words, due)
+
+
+def _one_line(column: str, value: Any) -> str:
+    """A text or a number, or a list of them joined by spaces."""
+    texts = value if isinstance(value, list) else [value]
+    if nested := [text for text in texts if isinstance(text, list | Mapping)]:
+        shown = reprlib.repr(nested[0])
+        raise ValueError(
+            f"{column} {shown}: expected a text or a list of texts; data.column_mapping takes a path to it"
+        )
+    return " ".join(str(text) for text in texts if text is not None).strip()
 
 
 def _check_places(fields: Sequence[Field], given: tuple[Any, Any], texts: tuple[str, str]) -> None:
@@ -437,7 +456,7 @@ def _to_depth(value: Any) -> int | None:
     if value is None or isinstance(value, list):
         return None if value is None else len(value)
     text, end = str(value).strip(), r"(\d+)(?:\.0+)?"
-    is_number = re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text)
+    is_number = re.fullmatch(r"[+-]?[\d.,]+(e[+-]?\d+)?", text)
     if (number := re.fullmatch(end, text) if is_number else re.search(f"{end}$", text)) is None:
         raise ValueError(f"depth {value!r}: expected a whole number")
     return int(number[1])

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from hybrid.inference import Answer
 
 
+MAX_TEXTS = 1 << 15  # texts of options and names whose vectors are kept
+
+
 @dataclass
 class Encoded:
     """A batch as the reasoner reads it: slots (x), projected memory, and which slots exist."""
@@ -232,8 +235,11 @@ class HybridModel(PreTrainedModel):
         if self.text_decoder is not None:
             check_writes(backbone)
         recorded = self.config.backbone.name_or_path
-        if not backbone.name.startswith(recorded):
+        if backbone.name != recorded and not backbone.name.startswith((f"{recorded} ", f"{recorded}/")):
             warnings.warn(f"this head was trained on {recorded}, and gets {backbone.name}", stacklevel=2)
+        elif settings.revision not in (None, backbone.revision):
+            given = f"{settings.revision!r}, and gets {backbone.revision!r}"
+            warnings.warn(f"this head was trained on {recorded} at revision {given}", stacklevel=2)
         self._backbone = backbone.with_settings(settings.layers, settings.template, settings.memory)
         self._texts = _TextTable()
         return self
@@ -405,10 +411,13 @@ class HybridModel(PreTrainedModel):
             num_fields: Pad to this number, or to the longest row.
             starts: The memory vectors that the fields of each start from (`field_starts`).
         """
+        if len(self._texts.names) > MAX_TEXTS:
+            self._texts = _TextTable(self._texts.told_of_alike)
+        texts = self._texts
         for fields in rows:
-            if not self._texts.told_of_alike and not self._texts.has(tuple(fields)):
+            if not texts.told_of_alike and not texts.has(tuple(fields)):
                 self._warn_of_alike(fields)
-        encoded = [self._texts.encode(tuple(fields)) for fields in rows]
+        encoded = [texts.encode(tuple(fields)) for fields in rows]
         num_fields = num_fields or max(len(names) for names, _ in encoded)
         num_options = max(options.shape[1] for _, options in encoded)
         names = np.full((len(rows), num_fields), -1)
@@ -420,9 +429,9 @@ class HybridModel(PreTrainedModel):
         padding = int(used[0] == -1)  # number texts within the batch; -1 stays -1
         inverse = torch.from_numpy(inverse.ravel() - padding)
         numbers = used[padding:]
-        known = torch.tensor([self._known.get(self._texts.names[number], -1) for number in numbers])
+        known = torch.tensor([self._known.get(texts.names[number], -1) for number in numbers])
         batch = FieldBatch(
-            self._texts.vectors(self.backbone)[numbers],
+            texts.vectors(self.backbone)[numbers],
             known,
             inverse[: names.size].view(names.shape),
             inverse[names.size :].view(options.shape),
@@ -590,12 +599,13 @@ class HybridModel(PreTrainedModel):
 class _TextTable:
     """Numbers and static vectors of the texts that fields are made of, so that each is embedded once."""
 
-    def __init__(self):
+    def __init__(self, told_of_alike: bool = False):
         self.names: list[str] = []
         self._numbers: dict[str, int] = {}
         self._encoded: dict[tuple[Field, ...], tuple[np.ndarray, np.ndarray]] = {}
-        self._vectors: Tensor | None = None
-        self.told_of_alike = False
+        self._vectors = torch.empty(0, 0)  # longer than what it holds, so that it need not grow with each text
+        self._num_embedded = 0
+        self.told_of_alike = told_of_alike
 
     def _number(self, text: str) -> int:
         if text not in self._numbers:
@@ -621,12 +631,16 @@ class _TextTable:
     def vectors(self, backbone: Backbone) -> Tensor:
         """Vectors of all texts so far (texts, backbone_dim), float32."""
         with _text_lock:
-            have = 0 if self._vectors is None else len(self._vectors)
-            if have < len(self.names):
+            have, need = self._num_embedded, len(self.names)
+            if have < need:
                 new = backbone.text_vectors(self.names[have:]).cpu()
-                self._vectors = new if self._vectors is None else torch.cat([self._vectors, new])
-            assert self._vectors is not None
-            return self._vectors
+                if need > len(self._vectors):
+                    longer = new.new_empty(2 * need, new.shape[1])
+                    longer[:have] = self._vectors[:have]
+                    self._vectors = longer
+                self._vectors[have:need] = new
+                self._num_embedded = need
+            return self._vectors[:need]
 
 
 _text_lock = threading.Lock()  # threads number texts and embed them; a lock inside the table could not be copied

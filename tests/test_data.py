@@ -124,6 +124,34 @@ def test_csv_keeps_texts_as_they_are(tmp_path):
         load_examples(DataConfig(path=str(path), choices=["a", "b"]), "train")
 
 
+def test_odd_cells_are_read_as_meant_or_refused(tmp_path):
+    mixed = {"question": "Who?", "fields": ["A", {"name": "B", "options": ["c", "d"]}], "answer": {"A": "a", "B": "d"}}
+    (example,) = load([{**mixed, "choices": ["a", "b", None]}], tmp_path)
+    assert [(field.name, field.options) for field in example.fields] == [("A", ("a", "b")), ("B", ("c", "d"))]
+    assert example.answers == ("a", "d")
+    (told,) = load([{**ROW, "context": ["One.", None, "Two."]}], tmp_path)
+    assert told.context == "One. Two."
+    for wrong in ({"title": ["x"]}, [["x", "y"]]):
+        with pytest.raises(ValueError, match="context .*: expected a text or a list of texts"):
+            load([{**ROW, "context": wrong}], tmp_path)
+    with pytest.raises(ValueError, match=r"fields \[1\]: each needs a name"):
+        load([{**ROW, "fields": [1]}], tmp_path)
+    with pytest.raises(ValueError, match="depth '1,000': expected a whole number"):
+        load([{**ROW, "depth": "1,000"}], tmp_path)
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b,question,answer\nx,,Which?,yes\n")
+    mapping = {"context": "{a} {b}"}
+    (joined,) = load_examples(DataConfig(path=str(path), column_mapping=mapping, choices=["yes", "no"]), "train")
+    assert joined.context == "x"
+
+
+def test_many_different_answers_need_choices(tmp_path):
+    rows = [{"question": f"Question {number}?", "answer": f"text {number}"} for number in range(1001)]
+    with pytest.raises(ValueError, match="1,001 different answers and no choices"):
+        load(rows, tmp_path)
+    assert len(load(rows, tmp_path, choices=[row["answer"] for row in rows])) == 1001
+
+
 def test_dates_in_json_are_refused_where_they_would_change(tmp_path):
     row = {"question": "When?", "answer": "2020-01-02", "choices": ["2020-01-02", "2021-03-04"]}
     with pytest.raises(ValueError, match=r"columns \['answer', 'choices'\] were read as dates"):
