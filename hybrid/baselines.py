@@ -21,6 +21,7 @@ from hybrid.config import RunConfig
 from hybrid.data import Example
 from hybrid.decoder import Field
 from hybrid.evaluation import by_depth
+from hybrid.inference import TOKEN_BUDGET
 from hybrid.model import HybridModel
 
 # -- zero-shot -----------------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def _pooled(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int],
     With `named`, the vector of the field's name follows them.
     """
     pooled: dict[int, Tensor] = {}
-    for batch in length_batches([examples.lengths[row] for row in rows], 8192):
+    for batch in length_batches([examples.lengths[row] for row in rows], TOKEN_BUDGET):
         hidden_states, mask, _, _ = examples.batch(model, [rows[position] for position in batch])
         states, exists = hidden_states.float().flatten(2).cpu(), mask.cpu()
         mean = (states * exists.unsqueeze(-1)).sum(1) / exists.sum(1, keepdim=True)
@@ -308,9 +309,9 @@ def _pooled(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int],
     features = torch.stack([pooled[position] for position in owners])
     if named:
         names = [field.name for row in rows for field, _ in examples.examples[row].answered]
-        unique = sorted(set(names))
-        vectors = model.backbone.text_vectors(unique).cpu()
-        features = torch.cat([features, vectors[[unique.index(name) for name in names]]], dim=1)
+        number = {name: index for index, name in enumerate(sorted(set(names)))}
+        vectors = model.backbone.text_vectors(list(number)).cpu()
+        features = torch.cat([features, vectors[[number[name] for name in names]]], dim=1)
     return features, torch.tensor(owners)
 
 
@@ -320,8 +321,9 @@ def _labels(examples: EmbeddedExamples, rows: Sequence[int], options: Sequence[s
 
 
 def _offered(examples: EmbeddedExamples, rows: Sequence[int], options: Sequence[str]) -> Tensor:
-    fields = [field for row in rows for field, _ in examples.examples[row].answered]
-    return torch.tensor([[option in field.options for option in options] for field in fields])
+    offered = [frozenset(field.options) for row in rows for field, _ in examples.examples[row].answered]
+    masks = {own: torch.tensor([option in own for option in options]) for own in set(offered)}
+    return torch.stack([masks[own] for own in offered])
 
 
 # -- which layer to use --------------------------------------------------------------------------------------------
@@ -352,6 +354,8 @@ def probe_layers(
         torch.tensor([options.index(right) if right in options else -1 for e in examples for _, right in e.answered])
         for examples in (train, test)
     )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))  # a file may be sorted by depth
+    train_states, labels = train_states[order], labels[order]
     rows = []
     for layer in tqdm(range(backbone.num_layers + 1), unit="layer", desc="probe", disable=not progress, leave=False):
         probe, accuracy = fit_logistic(train_states[:, layer], labels, len(options), (1e-3, 1e-2))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from hybrid.config import RunConfig
 
+INTERRUPTED = 130  # exit status of what was stopped and saved: `hybrid train … && hybrid eval …` ends there
 USAGE = """usage: hybrid COMMAND [options]      (hybrid COMMAND --help tells a command's options)
 
   quickstart                          a head trained and asked in a few minutes, from nothing
@@ -135,7 +136,8 @@ def command_train(arguments: Sequence[str]) -> None:
     from hybrid.training import train
 
     changes = {"one_pass": one_pass, "deep": deep, "tokens": without_backbone}
-    train(changes[parsed.baseline](config) if parsed.baseline else config, resume=bool(parsed.resume))
+    if train(changes[parsed.baseline](config) if parsed.baseline else config, resume=bool(parsed.resume)) is None:
+        sys.exit(INTERRUPTED)
 
 
 def command_embed(arguments: Sequence[str]) -> None:
@@ -774,7 +776,8 @@ def command_quickstart(arguments: Sequence[str]) -> None:
     parsed = _parse(parser, arguments)
     from hybrid.quickstart import quickstart
 
-    quickstart(parsed.output_folder)
+    if not quickstart(parsed.output_folder):
+        sys.exit(INTERRUPTED)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -406,7 +406,9 @@ class RunConfig:
 
     def __post_init__(self):
         parts, writes = self.training.parts, self.text.enabled
-        _check(parts != [], "training.parts", parts, "at least one part, or null for all")
+        known = ("adapter", "reasoner", "decoder", "text_decoder")
+        is_known = parts is None or (parts and set(parts) <= set(known))
+        _check(bool(is_known), "training.parts", parts, f"some of {', '.join(known)}, or null for all")
         if parts is not None:
             _check(self.training.start_from is not None, "training.start_from", None, "a head, whose other parts stay")
             _check(writes or "text_decoder" not in parts, "text.enabled", writes, "true, to train its text_decoder")

@@ -360,7 +360,7 @@ def _to_example(row: Mapping[str, Any], choices: Sequence[str] | None, name: str
     listed = [{"name": f} if isinstance(f, str) else f for f in cast(list[Any], given)]
     if nameless := [f for f in listed if not (isinstance(f, Mapping) and "name" in f)]:
         raise ValueError(f"fields {nameless}: each needs a name")
-    asked = {f["name"]: options if f.get("options") is None else f["options"] for f in listed}
+    asked: dict[str, Any] = {f["name"]: options if f.get("options") is None else f["options"] for f in listed}
     places = {f["name"]: f.get("at") for f in listed}
     if isinstance(answer, list) and len(answer) == len(asked):
         answer = {key: value for key, value in zip(asked, answer, strict=True) if value is not None}

@@ -109,7 +109,9 @@ def load_sudoku(data: Mapping[str, Any], data_files: str | None = None, **metada
     config = DataConfig(**data)
 
     def read(split: str) -> list[Example]:
-        rows = datasets.load_dataset(str(config.hub_id), split=getattr(config, f"{split}_split"))
+        name = getattr(config, f"{split}_split")
+        at: dict[str, Any] = {"name": config.hub_config, "revision": config.revision}
+        rows = datasets.load_dataset(str(config.hub_id), split=name, **at)
         return [sudoku_example(cast(Mapping[str, str], row), f"{split}-{n}") for n, row in enumerate(rows, start=1)]
 
     return Documents(read)

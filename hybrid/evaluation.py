@@ -26,7 +26,7 @@ from hybrid.backbone import length_batches
 from hybrid.batches import EmbeddedExamples
 from hybrid.data import Example, data_fingerprint
 from hybrid.generation import answer_text_loss
-from hybrid.inference import PICKS, noisy_copies, pick_rollout, refine
+from hybrid.inference import PICKS, TOKEN_BUDGET, noisy_copies, pick_rollout, refine
 from hybrid.losses import all_fields_right
 from hybrid.model import HybridModel
 
@@ -95,7 +95,9 @@ class StepRecord:
 
 
 @torch.inference_mode()
-def run_text(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int], token_budget: int = 8192) -> Tensor:
+def run_text(
+    model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int], token_budget: int = TOKEN_BUDGET
+) -> Tensor:
     """Whether greedy decoding writes the answer of each of some examples, word for word; (rows,)."""
     model.eval()
     right = torch.zeros(len(rows), dtype=torch.bool)
@@ -109,7 +111,12 @@ def run_text(model: HybridModel, examples: EmbeddedExamples, rows: Sequence[int]
 
 
 def run_steps(
-    model: HybridModel, examples: EmbeddedExamples, max_steps: int, *, token_budget: int = 8192, progress: bool = True
+    model: HybridModel,
+    examples: EmbeddedExamples,
+    max_steps: int,
+    *,
+    token_budget: int = TOKEN_BUDGET,
+    progress: bool = True,
 ) -> StepRecord:
     """Run a head on examples for `max_steps` steps without halting."""
     model.eval()
@@ -154,7 +161,7 @@ def run_rollouts(
     model.eval()
     right = {(pick, count): torch.zeros(len(examples), dtype=torch.bool) for pick in PICKS for count in rollouts}
     with tqdm(total=len(examples), unit="question", desc="rollouts", disable=not progress, leave=False) as bar:
-        for rows in examples.batches(8192):
+        for rows in examples.batches(TOKEN_BUDGET):
             hidden_states, mask, fields, labels = examples.batch(model, rows)
             runs = noisy_copies(model, hidden_states, mask, fields, max(rollouts))
             for (pick, count), hits in right.items():

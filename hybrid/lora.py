@@ -18,6 +18,7 @@ from typing import Any
 import peft
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from hybrid.backbone import Backbone, load_backbone
@@ -50,9 +51,11 @@ def train_lora(config: RunConfig, resume: bool = False) -> Path:
         resume: Go on from the last checkpoint in `training.output_folder`.
 
     Raises:
-        ValueError: The folder holds a run already, or none to go on with.
+        ValueError: The folder holds a run already, or none to go on with, or there are several processes.
     """
     settings, folder = config.training, Path(config.training.output_folder)
+    if (num_processes := PartialState().num_processes) > 1:
+        raise ValueError(f"{num_processes} processes: `--baseline lora` trains in one, start it without a launcher")
     has_checkpoint = any(folder.glob("checkpoint-*"))
     if has_checkpoint != resume:
         raise ValueError(

@@ -603,7 +603,7 @@ class _TextTable:
         self.names: list[str] = []
         self._numbers: dict[str, int] = {}
         self._encoded: dict[tuple[Field, ...], tuple[np.ndarray, np.ndarray]] = {}
-        self._vectors = torch.empty(0, 0)  # longer than what it holds, so that it need not grow with each text
+        self._vectors: Tensor | None = None  # longer than what it holds, so that it need not grow with each text
         self._num_embedded = 0
         self.told_of_alike = told_of_alike
 
@@ -634,12 +634,14 @@ class _TextTable:
             have, need = self._num_embedded, len(self.names)
             if have < need:
                 new = backbone.text_vectors(self.names[have:]).cpu()
-                if need > len(self._vectors):
+                if self._vectors is None or need > len(self._vectors):
                     longer = new.new_empty(2 * need, new.shape[1])
-                    longer[:have] = self._vectors[:have]
+                    if self._vectors is not None:
+                        longer[:have] = self._vectors[:have]
                     self._vectors = longer
                 self._vectors[have:need] = new
                 self._num_embedded = need
+            assert self._vectors is not None
             return self._vectors[:need]
 
 

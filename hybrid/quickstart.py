@@ -11,7 +11,15 @@ from hybrid.baselines import zero_shot
 from hybrid.batches import embed_examples
 from hybrid.config import BackboneConfig, DataConfig, ReasonerConfig, RecursionStage, RunConfig, TrainingConfig
 from hybrid.data import Example, load_examples
-from hybrid.evaluation import accuracy_lines, evaluate_head, harness_fields, plot_steps, provenance, write_results
+from hybrid.evaluation import (
+    accuracy_lines,
+    evaluate_head,
+    harness_fields,
+    plot_steps,
+    provenance,
+    training_cost,
+    write_results,
+)
 from hybrid.inference import Answer
 from hybrid.model import HybridModel
 from hybrid.training import CHECKPOINT, train
@@ -39,8 +47,8 @@ def quickstart_config(output_folder: str) -> RunConfig:
     )  # fmt: skip
 
 
-def quickstart(output_folder: str) -> None:
-    """Embed, train, evaluate beside the frozen model's own answers, and ask one question.
+def quickstart(output_folder: str) -> bool:
+    """Embed, train, evaluate beside the frozen model's own answers, and ask one question; `False` if interrupted.
 
     Args:
         output_folder: Where the head, its log and its results go; an interrupted quickstart goes on from there.
@@ -53,7 +61,7 @@ def quickstart(output_folder: str) -> None:
     _say(start, "embed 5,600 questions once, then train a small recursive reasoner on the cached hidden states")
     best = train(config, resume=resume, backbone=backbone)
     if best is None:
-        return  # interrupted: `hybrid quickstart` goes on from the checkpoint
+        return False  # `hybrid quickstart` goes on from the checkpoint
     _say(start, "evaluate on questions it has not seen, some with more hops than in training")
     model = HybridModel.from_pretrained(best, backbone)
     test = load_examples(config.data, "test")
@@ -62,6 +70,7 @@ def quickstart(output_folder: str) -> None:
     results = {
         "split": "test",
         "data": "StepGame sample (hybrid/samples/stepgame_small.parquet)",
+        **training_cost(best),
         **figures,
         "baselines": [zero_shot(model.backbone, test)],
         **harness_fields(SAMPLE.stem, figures, str(best), config.training.seed),
@@ -75,6 +84,7 @@ def quickstart(output_folder: str) -> None:
     _say(start, f"done. The head is in {best}; ask it more:")
     question = "P is above Q. Q is to the left of R. What is the relation of the agent P to the agent R?"
     print(f'  hybrid ask {best} "{question}"')
+    return True
 
 
 def _show_refinement(model: HybridModel, examples: Sequence[Example]) -> None:

@@ -14,6 +14,7 @@ import json
 import math
 import reprlib
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -718,7 +719,13 @@ def _without_nulls(value: Any) -> Any:
 
 @contextmanager
 def _interrupt_sets(trainer: Trainer) -> Generator[None]:
-    """Ctrl-C and SIGTERM end the run after the current update; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the current update; a second Ctrl-C ends it at once.
+
+    Python lets the main thread alone say so: elsewhere a run goes on to its end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def request(number: int, frame: Any) -> None:
         if trainer.stop_requested:
@@ -763,7 +770,11 @@ def prepare(
             answer_text(config.text, example)
     check_due(config, examples["train"])
     accelerator.print(told(examples))
-    backbone = backbone or load_backbone(config.backbone, accelerator.device)
+    if backbone is None:
+        backbone = load_backbone(config.backbone, accelerator.device)
+    else:
+        own = config.backbone
+        backbone = backbone.with_settings(own.layers or backbone.layers, own.template, own.memory)
     common = common_fields(examples["train"])
     is_single = common is not None and list(common) == ["answer"]
     options = common_options(examples["train"])
@@ -786,7 +797,7 @@ def prepare(
         part.requires_grad_(config.training.parts is None or name in config.training.parts)
     if config.training.start_from is not None and not resume:
         load_weights(model, Path(config.training.start_from), config.training.parts)
-    with accelerator.main_process_first():  # the others find the cache filled
+    with accelerator.main_process_first(), accelerator.local_main_process_first():  # others find the cache filled
         progress = accelerator.is_main_process
         embedded = embed_examples(config.features, model.backbone, examples, progress)
     if config.training.start_from is None:
@@ -887,11 +898,11 @@ def train(config: RunConfig, resume: bool = False, backbone: Backbone | None = N
     Args:
         config: The run.
         resume: Go on from the checkpoint in `training.output_folder`.
-        backbone: A loaded backbone to use instead of the configured one.
+        backbone: A loaded backbone to use instead of loading one, read as the configuration says.
 
     Raises:
         ValueError: The configuration, the data or an existing output folder does not allow the run.
-        FloatingPointError: The loss is not finite.
+        FloatingPointError: The loss or its gradient is not finite.
     """
     folder = Path(config.training.output_folder)
     if not resume and (folder / CHECKPOINT).exists():
@@ -915,6 +926,8 @@ def train(config: RunConfig, resume: bool = False, backbone: Backbone | None = N
     folder.mkdir(parents=True, exist_ok=True)
     model, train_examples, valid_examples = prepare(config, accelerator, backbone, resume)
     if accelerator.is_main_process:
+        if not resume:  # what a run that never came to a checkpoint left
+            (folder / "log.jsonl").unlink(missing_ok=True)
         model.print_trainable_parameters()
         (folder / "run.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
     if trackers:

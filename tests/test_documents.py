@@ -75,13 +75,13 @@ def test_several_fields_are_as_many_documents(tmp_path):
 def test_sudoku_of_the_hub(monkeypatch):
     asked = []
 
-    def load_dataset(hub_id, split):
-        asked.append((hub_id, split))
+    def load_dataset(hub_id, name, revision, split):
+        asked.append((hub_id, name, revision, split))
         return [{"question": "1..4" + "." * 8 + "4..1", "answer": "1234341221434321"}]
 
     monkeypatch.setattr(documents.datasets, "load_dataset", load_dataset)
     found = load_sudoku(**task_config("sudoku")["dataset_kwargs"])["valid"]
-    assert asked == [("sapientinc/sudoku-extreme", "train[-100:]")]
+    assert asked == [("sapientinc/sudoku-extreme", None, None, "train[-100:]")]
     assert len(found) == 16 and found["field"][5] == "r2c2" and found["answer"][5] == "4"
     assert found["context"][0].splitlines() == ["1 _ _ 4", "_ _ _ _", "_ _ _ _", "4 _ _ 1"]
     assert found["depth"][0] == 12 and found["choices"][0] == ["1", "2", "3", "4"]

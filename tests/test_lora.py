@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +113,12 @@ def test_lora_in_words_is_judged_by_what_it_writes(config):
     assert result["name"] == "LoRA, in words" and result["accuracy_by_depth"][-1]["accuracy"] > 0.8
     wrong = [replace(e, answers=("below" if e.answers[0] == "above" else "above",)) for e in valid]
     assert evaluate_lora(folder, config, wrong)["accuracy_by_depth"][-1]["accuracy"] < 0.2
+
+
+def test_lora_trains_in_one_process(config, monkeypatch):
+    monkeypatch.setattr("hybrid.lora.PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match="2 processes: `--baseline lora` trains in one"):
+        train_lora(config)
 
 
 def test_lora_goes_on_from_its_checkpoint(config, tmp_path, monkeypatch):

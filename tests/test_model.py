@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from dataclasses import replace
@@ -188,6 +189,17 @@ def test_another_backbone_of_the_same_size_is_doubtful(model, backbone):
         model.attach_backbone(Backbone(tiny_llama(seed=1), word_tokenizer(), name="other", layers=[0, 1, 2]))
 
 
+def test_another_revision_of_the_backbone_is_doubtful(model, backbone):
+    from conftest import tiny_llama, word_tokenizer
+
+    other = Backbone(tiny_llama(), word_tokenizer(), name="tiny-llama-x", layers=[0, 1, 2])
+    with pytest.warns(UserWarning, match="trained on tiny-llama, and gets tiny-llama-x"):
+        model.attach_backbone(other)
+    model.config.backbone.revision = "abc"
+    with pytest.warns(UserWarning, match="trained on tiny-llama at revision 'abc', and gets None"):
+        model.attach_backbone(backbone)
+
+
 def test_folder_that_is_no_head(model, backbone, tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         HybridModel.from_pretrained(tmp_path, backbone)
@@ -243,6 +255,19 @@ def test_texts_that_are_one_vector_are_told_once(model, backbone):
         model.attach_backbone(backbone)
         with pytest.warns(UserWarning, match=expected):
             model.field_batch([fields])
+
+
+def test_options_that_rows_bring_are_kept_in_bounds(model, monkeypatch):
+    monkeypatch.setattr("hybrid.model.MAX_TEXTS", 20)
+    for first, second in itertools.permutations("above below left right A B C D".split(), 2):
+        options = [f"{first} {second} {first}", f"{first} {second} A B"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some are one vector
+            batch = model.field_batch([[Field("answer", options)]])
+        expected = model.backbone.text_vectors(["answer", *options]).to(batch.text_vectors.dtype)
+        numbers = [*batch.name_index.flatten().tolist(), *batch.option_index.flatten().tolist()]
+        torch.testing.assert_close(batch.text_vectors[numbers], expected)
+        assert len(model._texts.names) <= 20 + 3 and len(model._texts._vectors) <= 2 * (20 + 3)
 
 
 @pytest.mark.parametrize(
