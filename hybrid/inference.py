@@ -299,6 +299,7 @@ def answer(
     return answer_batch(model, [question], contexts=[context], **asked, **kwargs)[0]
 
 
+@torch.no_grad()
 @in_eval_mode
 def answer_batch(
     model: HybridModel,

@@ -630,7 +630,7 @@ class _TextTable:
 
     def vectors(self, backbone: Backbone) -> Tensor:
         """Vectors of all texts so far (texts, backbone_dim), float32."""
-        with _text_lock:
+        with _text_lock, torch.inference_mode(False), torch.no_grad():  # training goes on with what inference put here
             have, need = self._num_embedded, len(self.names)
             if have < need:
                 new = backbone.text_vectors(self.names[have:]).cpu()

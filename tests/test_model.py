@@ -257,6 +257,15 @@ def test_texts_that_are_one_vector_are_told_once(model, backbone):
             model.field_batch([fields])
 
 
+def test_options_that_inference_met_first_can_be_trained_on(model):
+    with torch.inference_mode():
+        model.field_batch([[Field("answer", CHOICES[:2])]])
+    batch = model.field_batch([[Field("answer", CHOICES)]])  # more of them
+    states = torch.randn(1, batch.name_index.shape[1], model.config.reasoner.dim, requires_grad=True)
+    model.decoder(states, batch)[0].logsumexp(-1).sum().backward()
+    assert states.grad.isfinite().all()
+
+
 def test_options_that_rows_bring_are_kept_in_bounds(model, monkeypatch):
     monkeypatch.setattr("hybrid.model.MAX_TEXTS", 20)
     for first, second in itertools.permutations("above below left right A B C D".split(), 2):
