@@ -14,8 +14,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 CARD = """---
 library_name: hybrid-reasoner
-base_model: {base_model}
-{license_line}{datasets_line}tags: [recursive-reasoning, frozen-backbone]
+{base_model_line}{license_line}{datasets_line}tags: [recursive-reasoning, frozen-backbone]
 ---
 
 # {name}
@@ -141,7 +140,9 @@ def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None
     """
     run = yaml.safe_load(path.read_text()) if (path := folder / "run.yaml").exists() else {}
     data = run.get("data", {})
+    hub_id = facts["base_model"]
     lines = {
+        "base_model_line": f"base_model: {hub_id}\n" if hub_id else "",
         "license_line": f"license: {license}\n" if license else "",
         "datasets_line": f"datasets: [{data['hub_id']}]\n" if data.get("hub_id") and not data.get("path") else "",
         "trained_on": trained_on(run),

@@ -331,6 +331,9 @@ def answer_batch(
         rollouts: Noisy copies per question.
         pick: How one copy is chosen, `q` or `vote`.
         seed: Seed of the noise.
+
+    Raises:
+        ValueError: As `answer`; what the others would have been answered is lost with it.
     """
     from hybrid.generation import (  # which builds on this module
         NUM_TOKENS,

@@ -323,7 +323,7 @@ class HybridModel(PreTrainedModel):
             asked = ', fields=[Field("...", ["yes", "no"], at=0)]' if asks_places else ', choices=["yes", "no"]'
         return {
             "backbone": backbone.name_or_path,
-            "base_model": SMOLLM2_HUB_ID if backbone.name_or_path == SMOLLM2 else backbone.name_or_path,
+            "base_model": _hub_id(backbone.name_or_path),
             "layers": backbone.layers,
             "template": backbone.template,
             "memory": backbone.memory,
@@ -594,6 +594,13 @@ class HybridModel(PreTrainedModel):
         from hybrid.generation import generate_text
 
         return generate_text(self, question, **kwargs)
+
+
+def _hub_id(name_or_path: str) -> str | None:
+    """Where a backbone is published; the Hub refuses a card that names a folder of one's own."""
+    if name_or_path == SMOLLM2:
+        return SMOLLM2_HUB_ID
+    return None if Path(name_or_path).exists() else name_or_path
 
 
 class _TextTable:

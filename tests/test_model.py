@@ -301,5 +301,8 @@ def test_card_names_the_backbone_and_takes_numbers_from_the_result_file(model, t
     (tmp_path / "written.json").write_text(json.dumps({"split": "test", "exact_match": exact_match}))
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
+    model.config.backbone.name_or_path = str(tmp_path)
+    model.write_card(tmp_path)
+    assert "base_model" not in (tmp_path / "README.md").read_text()  # a folder of one's own
     assert "base_model: tiny-llama" in card and "| valid | 1 | 0.500 | 0.400–0.600 | 9 |" in card
     assert card.count("| test, in words | all | 0.750 | 0.700–0.800 | 8 |") == 1
