@@ -36,7 +36,8 @@ from hybrid.inference import Refined, refine
 from hybrid.losses import all_fields_right
 from hybrid.model import HybridModel
 from hybrid.parallel import map_in_threads
-from hybrid.training import Trainer, prepare
+from hybrid.preparation import prepare
+from hybrid.training import Trainer
 
 MATRIX = 2048  # rows of the square product that stands for what the machine can do
 REPEATS = 3

@@ -12,12 +12,10 @@ from __future__ import annotations
 import errno
 import json
 import math
-import reprlib
 import signal
 import threading
 import time
-import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -31,213 +29,28 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from hybrid.backbone import Backbone, load_backbone, native_dtype
-from hybrid.batches import (
-    EmbeddedExamples,
-    common_fields,
-    common_options,
-    common_places,
-    embed_examples,
-    known_options,
-)
-from hybrid.config import HybridConfig, ReasonerConfig, RunConfig, TrainingConfig, to_plain
-from hybrid.data import Example, data_fingerprint, load_examples
-from hybrid.decoder import FieldBatch, is_unnamed
+from hybrid.backbone import Backbone, native_dtype
+from hybrid.batches import EmbeddedExamples
+from hybrid.config import ReasonerConfig, RunConfig, to_plain
+from hybrid.data import Example, data_fingerprint
+from hybrid.decoder import FieldBatch
 from hybrid.evaluation import by_depth, device_name, run_steps, run_text
-from hybrid.generation import answer_text, answer_text_loss, keep_loss, own_texts
-from hybrid.hub import check_head_folder
+from hybrid.generation import answer_text_loss, keep_loss, own_texts
 from hybrid.losses import IGNORED, all_fields_right
 from hybrid.model import HybridModel
 from hybrid.parallel import map_in_threads
+from hybrid.preparation import prepare, stage_at
 from hybrid.reasoner import ReasonerState, has_halted
+from hybrid.stream import CarriedRows, Curriculum, RowStream
+from hybrid.weights import MasterWeights, learning_rate
 
 CHECKPOINT = "checkpoint.pt"
 MAX_WRITTEN = 200  # validation answers that are written in words at each evaluation
-# What a run may have otherwise than the head that it starts from; cycles only if its reasoner is trained.
-CYCLES = {"num_cycles", "num_gradient_cycles"}
-START_FREE = CYCLES | {
-    "dtype", "quantization", "max_steps", "halting", "convergence_tolerance", "dropout", "state_noise",
-}  # fmt: skip
 NUM_KEPT, KEPT_TOKENS, KEPT_ROWS = 256, 96, 4  # texts of the frozen model's own, their length, how many an update sees
-MASTERY_ROWS = 1000  # rows over which the curriculum follows the share of right answers
 MIN_PART = 16  # rows of a part below which matrix products get slow
-NUM_STATISTICS_TOKENS = 16_384  # training tokens from which the adapter takes means and deviations
-
-
-class RowStream:
-    """Which example each row of the global batch sees next.
-
-    Row `i` draws positions `i, i + B, i + 2B, …` of an endless stream of shuffled epochs, so what a row sees does not
-    depend on the other rows, on accumulation or on the number of processes.
-    """
-
-    def __init__(self, num_examples: int, batch_size: int, seed: int):
-        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def example(self, row: int, draw: int) -> int:
-        """Number of the example that row `row` sees as its `draw`-th."""
-        epoch, position = divmod(draw * self.batch_size + row, self.num_examples)
-        if epoch not in self._epochs:
-            if len(self._epochs) > 3:
-                self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
-        return int(self._epochs[epoch][position])
-
-    def min_steps(self, row: int, draw: int, exploration: float, max_steps: int) -> int:
-        """Steps that this example must run before it may halt: random for a fraction `exploration`, else 1."""
-        generator = np.random.default_rng([self.seed, 1, row, draw])
-        return int(generator.integers(2, max_steps + 1)) if max_steps > 1 and generator.random() < exploration else 1
-
-
-class CarriedRows:
-    """The rows of one process: which example each holds, for how many steps, and its reasoner state."""
-
-    def __init__(self, stream: RowStream, rows: range, num_slots: int, dim: int, device: torch.device, dtype: Any):
-        self.stream, self.rows = stream, rows
-        self.draws = torch.full((len(rows),), -1)
-        self.steps = torch.zeros(len(rows), dtype=torch.long)
-        self.min_steps = torch.ones(len(rows), dtype=torch.long)
-        self.halted = torch.ones(len(rows), dtype=torch.bool)
-        self.y = torch.zeros(len(rows), num_slots, dim, device=device, dtype=dtype)
-        self.z = torch.zeros_like(self.y)
-
-    def refill(self, exploration: float, max_steps: int, accepts: Callable[[int], bool]) -> None:
-        """Give each halted row its next example; `halted` then marks the rows whose state starts anew.
-
-        Args:
-            exploration: Fraction of examples with a random minimum of steps.
-            max_steps: Refinement steps at most.
-            accepts: Whether an example may be drawn now; others are passed over.
-        """
-        for index in self.halted.nonzero().flatten().tolist():
-            draw = int(self.draws[index]) + 1
-            while not accepts(self.stream.example(self.rows[index], draw)):
-                draw += 1
-            self.draws[index], self.steps[index] = draw, 0
-            self.min_steps[index] = self.stream.min_steps(self.rows[index], draw, exploration, max_steps)
-
-    def examples(self) -> list[int]:
-        """Number of the example that each row holds."""
-        return [self.stream.example(row, draw) for row, draw in zip(self.rows, self.draws.tolist(), strict=True)]
-
-    def ending(self, part: Tensor, wants: Tensor, max_steps: int) -> Tensor:
-        """Which rows are done with the step under way: those that want to halt and may, or must."""
-        steps = self.steps[part] + 1
-        return wants & (steps >= self.min_steps[part]) | (steps >= max_steps)
-
-    def advance(self, part: Tensor, state: ReasonerState, wants: Tensor, max_steps: int) -> None:
-        """Keep the new state and mark the rows that are done."""
-        num_slots = state.y.shape[1]
-        self.y[part, :num_slots], self.z[part, :num_slots] = state.y, state.z
-        self.halted[part] = self.ending(part, wants, max_steps)
-        self.steps[part] += 1
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on."""
-        names = ("draws", "steps", "min_steps", "halted", "y", "z")
-        return {name: getattr(self, name).clone() for name in names}
-
-
-class MasterWeights:
-    """Float32 weights, their EMA and the optimizer, for a model that may compute in bfloat16."""
-
-    def __init__(self, model: HybridModel, config: TrainingConfig):
-        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        self.frozen = {name: parameter.float().clone() for name, parameter in frozen.items()}
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in self.parameters]
-        self.ema = [master.detach().clone() for master in self.masters]
-        self.config = config
-        self.optimizers = self._make_optimizers(model)
-
-    def _make_optimizers(self, model: HybridModel) -> list[torch.optim.Optimizer]:
-        """AdamW, or Muon for the weights of linear layers with AdamW for the rest."""
-        config, masters = self.config, dict(zip(self.names, self.masters, strict=True))
-        linear = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        linear = [name for name in linear if name in masters and len(masters[name]) > 1]
-        muon = [masters.pop(name) for name in linear] if config.optimizer == "muon" else []
-        decayed = [master for master in masters.values() if master.ndim > 1]
-        plain = [master for master in masters.values() if master.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-        ]
-        if muon:  # scaled so that AdamW's learning rate and decay serve both (Liu et al. 2025, arXiv:2502.16982)
-            rate, decay = config.learning_rate, config.weight_decay
-            optimizers.append(torch.optim.Muon(muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-        return optimizers
-
-    def add_gradients(self, gradients: Sequence[Tensor | None], share: float) -> None:
-        """Add the gradients of a part's mean loss, weighted by its share of the rows; summed in float32."""
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            if gradient is not None:
-                master.grad.add_(gradient, alpha=share)
-
-    def reduce_gradients(self, accelerator: Accelerator) -> None:
-        """Average the gradients over all processes."""
-        gradients = [master.grad for master in self.masters if master.grad is not None]
-        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-        sizes = [gradient.numel() for gradient in gradients]
-        torch._foreach_copy_([gradient.view(-1) for gradient in gradients], list(mean.split(sizes)))
-
-    def update(self, learning_rate: float, num_updates: int) -> float:
-        """One optimizer step from the gradients added up; returns the gradient norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm, foreach=True)
-        if not torch.isfinite(norm):  # before it reaches the weights, and a checkpoint
-            raise FloatingPointError(
-                f"the gradient is not finite at update {num_updates}: lower training.learning_rate="
-                f"{self.config.learning_rate:g} and go on from the last checkpoint with --resume"
-            )
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
-            optimizer.zero_grad()
-        decay = ema_decay(self.config.ema_decay, num_updates)
-        torch._foreach_lerp_(self.ema, [master.detach() for master in self.masters], 1 - decay)
-        self._show(self.masters)
-        return float(norm)
-
-    @torch.no_grad()
-    def _show(self, weights: Sequence[Tensor]) -> None:
-        torch._foreach_copy_([parameter.detach() for parameter in self.parameters], [w.detach() for w in weights])
-
-    @contextmanager
-    def averaged(self) -> Generator[None]:
-        """The model with its EMA weights, for evaluation."""
-        self._show(self.ema)
-        try:
-            yield
-        finally:
-            self._show(self.masters)
-
-    def head_state(self, model: HybridModel) -> dict[str, Tensor]:
-        """The state dict that is saved: EMA weights in float32, what is not trained, and buffers."""
-        state = self.frozen | {name: buffer.float() for name, buffer in model.named_buffers()}
-        return state | dict(zip(self.names, (weight.clone() for weight in self.ema), strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on."""
-        masters = [master.detach() for master in self.masters]
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {"masters": masters, "ema": self.ema, "optimizers": optimizers, "frozen": self.frozen}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        for target, source in ((self.masters, state["masters"]), (self.ema, state["ema"])):
-            torch._foreach_copy_([weight.detach() for weight in target], source)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.frozen = state.get("frozen", self.frozen)
-        self._show(self.masters)
 
 
 @dataclass
@@ -250,50 +63,6 @@ class PartStep:
     wants_halt: Tensor
     asked: Tensor
     right: Tensor
-
-
-class Curriculum:
-    """Which depths are drawn: the shallowest first; the next, once the deepest so far is answered well enough.
-
-    Composing two steps is learned once one step is known, at a fraction of the questions. Rows without a depth are
-    always drawn.
-
-    Args:
-        depths: Depth of each training example.
-        threshold: Share of right answers at which the next depth is added; `None` draws all from the start.
-    """
-
-    def __init__(self, depths: Sequence[int | None], threshold: float | None):
-        self.depths, self.threshold = depths, threshold
-        self.levels = sorted({depth for depth in depths if depth is not None})
-        if threshold is not None and len(self.levels) < 2:
-            warnings.warn(f"training.curriculum={threshold}: rows of several depths are needed: ignored", stacklevel=2)
-        self.level = 0 if threshold is not None else max(0, len(self.levels) - 1)
-        self.mastery = 0.0
-
-    @property
-    def deepest(self) -> int | None:
-        """The deepest depth that is drawn."""
-        return self.levels[self.level] if self.levels else None
-
-    def accepts(self, example: int) -> bool:
-        """Whether a training example may be drawn now."""
-        depth = self.depths[example]
-        return depth is None or self.deepest is None or depth <= self.deepest
-
-    def record(self, examples: Sequence[int], right: Tensor) -> None:
-        """Follow the share of right answers at the deepest level, as a running mean over about `MASTERY_ROWS`."""
-        for example, hit in zip(examples, right.tolist(), strict=True):
-            if self.depths[example] == self.deepest:
-                self.mastery += (hit - self.mastery) / MASTERY_ROWS
-
-    def is_mastered(self) -> bool:
-        """Whether the next depth may be added."""
-        return self.threshold is not None and self.level + 1 < len(self.levels) and self.mastery > self.threshold
-
-    def deepen(self) -> None:
-        """Add the next depth."""
-        self.level, self.mastery = self.level + 1, 0.0
 
 
 class Trainer:
@@ -494,7 +263,7 @@ class Trainer:
         output.metrics |= {"text_loss": share.detach(), "written_right": written.float().sum() / len(ending)}
 
     @cached_property
-    def data(self) -> str:
+    def data_hash(self) -> str:
         """Hash of the training examples, taken once: of many rows of many fields it takes seconds."""
         return data_fingerprint(self.train.examples)
 
@@ -613,7 +382,7 @@ class Trainer:
             return
         checkpoint = {
             "config": to_plain(self.config),
-            "data": self.data,
+            "data": self.data_hash,
             "num_updates": self.num_updates,
             "seconds": self.seconds,
             "best_score": self.best_score,
@@ -637,7 +406,7 @@ class Trainer:
         Raises:
             ValueError: The training data are not those of the run that was stopped.
         """
-        if checkpoint.get("data") not in (None, self.data):
+        if checkpoint.get("data") not in (None, self.data_hash):
             raise ValueError("--resume: the training data have changed since the run was stopped; use a new folder")
         for name in ("num_updates", "seconds", "best_accuracy", "num_bad", "window"):
             setattr(self, name, checkpoint[name])
@@ -670,29 +439,6 @@ def num_slots(model: HybridModel, examples: EmbeddedExamples) -> int:
     reasoner, adapter = model.config.reasoner, model.config.adapter
     num_vectors = adapter.num_vectors if adapter.kind == "resampler" else max(examples.lengths)
     return examples.num_fields + reasoner.num_tape_slots + (num_vectors if reasoner.refine_memory else 0)
-
-
-def ema_decay(longest: float, num_updates: int) -> float:
-    """Decay of the moving average of weights: a short memory at first, for short runs."""
-    return min(longest, (1 + num_updates) / (10 + num_updates))
-
-
-def stage_at(config: RunConfig, update: float) -> ReasonerConfig:
-    """The recursion numbers of an update: its stage's, and what the stage leaves out as configured."""
-    stages = [stage for stage in config.training.recursion_schedule if stage.start <= update]
-    names = ("num_latent_passes", "num_cycles", "max_steps")
-    given = {name: value for stage in stages[-1:] for name in names if (value := getattr(stage, name)) is not None}
-    most = given.get("num_cycles", config.reasoner.num_cycles)
-    return replace(config.reasoner, **given, num_gradient_cycles=min(config.reasoner.num_gradient_cycles, most))
-
-
-def learning_rate(settings: TrainingConfig, update: int) -> float:
-    """Linear warm-up, then constant, or cosine to a tenth of the peak."""
-    warm = min(1.0, (update + 1) / max(1, settings.warmup_updates))
-    if settings.decay == "constant":
-        return settings.learning_rate * warm
-    progress = max(0.0, update - settings.warmup_updates) / max(1, settings.num_updates - settings.warmup_updates)
-    return settings.learning_rate * warm * (0.55 + 0.45 * math.cos(math.pi * min(1.0, progress)))
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -752,129 +498,6 @@ def _disk_full_explained(path: Path) -> Generator[None]:
                 f"the disk is full while writing {path}; what was saved before is whole: free space, then --resume",
             ) from error
         raise
-
-
-# -- a run from its configuration ----------------------------------------------------------------------------------
-
-
-def prepare(
-    config: RunConfig, accelerator: Accelerator, backbone: Backbone | None = None, resume: bool = False
-) -> tuple[HybridModel, EmbeddedExamples, EmbeddedExamples]:
-    """Data, backbone, feature cache and a new head; cheap checks come first.
-
-    With `resume`, the weights of `training.start_from` are left to the checkpoint.
-    """
-    examples = {role: load_examples(config.data, role) for role in ("train", "valid")}
-    if config.text.enabled:
-        for example in (*examples["train"], *examples["valid"]):
-            answer_text(config.text, example)
-    check_due(config, examples["train"])
-    accelerator.print(told(examples))
-    if backbone is None:
-        backbone = load_backbone(config.backbone, accelerator.device)
-    else:
-        own = config.backbone
-        backbone = backbone.with_settings(own.layers or backbone.layers, own.template, own.memory)
-    common = common_fields(examples["train"])
-    is_single = common is not None and list(common) == ["answer"]
-    options = common_options(examples["train"])
-    torch.manual_seed(config.training.seed)
-    model = HybridModel.from_backbone(
-        backbone,
-        backbone_config=config.backbone,
-        adapter=config.adapter,
-        reasoner=config.reasoner,
-        text=config.text,
-        known_options=known_options(examples["train"]),
-        choices=options if any(is_unnamed(example.fields) for example in examples["train"]) else None,
-        options=options,
-        fields=None if is_single else common,
-        places=common_places(examples["train"]),
-        find_names=config.data.find_names,
-        license=config.data.license,
-    )
-    for name, part in model.named_children():
-        part.requires_grad_(config.training.parts is None or name in config.training.parts)
-    if config.training.start_from is not None and not resume:
-        load_weights(model, Path(config.training.start_from), config.training.parts)
-    with accelerator.main_process_first(), accelerator.local_main_process_first():  # others find the cache filled
-        progress = accelerator.is_main_process
-        embedded = embed_examples(config.features, model.backbone, examples, progress)
-    if config.training.start_from is None:
-        model.adapter.fit_statistics(_sample_states(model, embedded["train"], config.training.seed))
-    return model, embedded["train"], embedded["valid"]
-
-
-def told(examples: Mapping[str, Sequence[Example]]) -> str:
-    """What a run has before it, in a line: questions, those with a context, depths, options."""
-    train, valid = examples["train"], examples["valid"]
-    depths = sorted({example.depth for example in train if example.depth is not None})
-    options = {option for fields in {e.fields for e in train} for field in fields for option in field.options}
-    shown = reprlib.repr(sorted(options)) if len(options) <= 6 else f"{len(options):,} different"
-    parts = [
-        f"training on {len(train):,} questions, {sum(e.context is not None for e in train):,} of them with a context",
-        f"{len(valid):,} for validation",
-        f"depths {depths[0]} to {depths[-1]}" if depths else "no depths",
-        f"options: {shown}",
-    ]
-    return "; ".join(parts)
-
-
-def check_due(config: RunConfig, examples: Sequence[Example]) -> None:
-    """Refuse answers that no step of the training would be asked for.
-
-    Raises:
-        ValueError: One is due later than the last step.
-    """
-    latest = max((max(example.due) for example in examples if example.due), default=1)
-    max_steps = stage_at(config, math.inf).max_steps
-    if latest > max_steps:
-        raise ValueError(
-            f"an answer is due from step {latest} on, and training ends with {max_steps} steps at most: raise "
-            "reasoner.max_steps (or that of the last training.recursion_schedule), or leave out the column `due`"
-        )
-
-
-def load_weights(model: HybridModel, folder: Path, parts: Sequence[str] | None) -> None:
-    """Start a head, of which some parts are trained, from another's weights; parts that it lacks stay as they are.
-
-    Raises:
-        ValueError: The folder is no head, or one of another kind.
-    """
-    check_head_folder(folder)
-    other, own = HybridConfig.from_pretrained(folder).to_dict(), model.config.to_dict()
-    free = START_FREE if parts is None or "reasoner" in parts else START_FREE - CYCLES
-    for section in ("backbone", "adapter", "reasoner"):
-        for key in sorted(own[section].keys() - free):
-            if other[section][key] != own[section][key]:
-                raise ValueError(
-                    f"training.start_from={str(folder)!r} has {section}.{key}={other[section][key]!r}, and this run "
-                    f"{own[section][key]!r}: use the same"
-                )
-    if other["text"]["enabled"] and model.text_decoder is None:
-        raise ValueError(
-            f"text.enabled=false, but training.start_from={str(folder)!r} has a text decoder: set text.enabled=true"
-        )
-    if (other["places"] is None) != (own["places"] is None):
-        raise ValueError(
-            f"training.start_from={str(folder)!r}: its fields stood in the text (at) in training, or those of this "
-            "run do, but not both: set data.places (or data.answer_at) as it was there"
-        )
-    if other["known_options"] != own["known_options"]:
-        raise ValueError(f"training.start_from={str(folder)!r} was trained on other options than these data have")
-    model.load_state_dict(model.state_dict() | load_file(folder / "model.safetensors"))
-
-
-def _sample_states(model: HybridModel, train: EmbeddedExamples, seed: int) -> Tensor:
-    """Hidden states of random training rows (tokens, layers, backbone_dim), about `NUM_STATISTICS_TOKENS` of them."""
-    states, num_tokens = [], 0
-    for row in np.random.default_rng(seed).permutation(len(train)).tolist():
-        hidden_states, mask, _, _ = train.batch(model, [row])
-        states.append(hidden_states[mask])
-        num_tokens += len(states[-1])
-        if num_tokens >= NUM_STATISTICS_TOKENS:
-            break
-    return torch.cat(states)
 
 
 def read_checkpoint(config: RunConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from hybrid.backbone import native_dtype
 from hybrid.cli import run_config
 from hybrid.data import Example, load_examples
 from hybrid.evaluation import by_depth, provenance, write_results
-from hybrid.training import ema_decay
+from hybrid.weights import ema_decay
 
 SAVE_EVERY = 50
 LOG_EVERY = 20

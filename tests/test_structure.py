@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "hybrid"
 ORDER = [
     "config", "layers", "parallel", "backbone", "soft_prompt", "features", "adapter", "reasoner", "decoder", "schema",
     "losses", "hub", "model", "data", "batches", "inference", "trace", "generation", "release", "evaluation",
-    "baselines", "lora", "documents", "harness", "comparison", "training", "quickstart", "bench", "cli",
+    "baselines", "lora", "documents", "harness", "comparison", "stream", "weights",
+    "preparation", "training", "quickstart", "bench", "cli",
 ]  # fmt: skip
 
 

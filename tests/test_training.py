@@ -38,7 +38,10 @@ from hybrid.generation import keep_loss, own_texts
 from hybrid.inference import answer_batch, refine
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
-from hybrid.training import CHECKPOINT, Curriculum, RowStream, Trainer, learning_rate, prepare, stage_at, train
+from hybrid.preparation import prepare, stage_at
+from hybrid.stream import Curriculum, RowStream
+from hybrid.training import CHECKPOINT, Trainer, train
+from hybrid.weights import learning_rate
 
 
 def write_data(folder: Path, number: int = 64) -> None:
