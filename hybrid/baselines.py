@@ -21,8 +21,8 @@ from hybrid.config import RunConfig
 from hybrid.data import Example
 from hybrid.decoder import Field
 from hybrid.evaluation import by_depth
-from hybrid.inference import TOKEN_BUDGET
 from hybrid.model import HybridModel
+from hybrid.refinement import TOKEN_BUDGET
 
 # -- zero-shot -----------------------------------------------------------------------------------------------------
 

@@ -32,11 +32,11 @@ from hybrid.config import FeatureConfig, ReasonerConfig, RunConfig, TrainingConf
 from hybrid.data import Example
 from hybrid.evaluation import wilson_interval
 from hybrid.features import COMPILED_TOKENS, FeatureCache, fill_cache
-from hybrid.inference import Refined, refine
 from hybrid.losses import all_fields_right
 from hybrid.model import HybridModel
 from hybrid.parallel import map_in_threads
 from hybrid.preparation import prepare
+from hybrid.refinement import Refined, refine
 from hybrid.training import Trainer
 
 MATRIX = 2048  # rows of the square product that stands for what the machine can do

@@ -26,9 +26,9 @@ from hybrid.backbone import length_batches
 from hybrid.batches import EmbeddedExamples
 from hybrid.data import Example, data_fingerprint
 from hybrid.generation import answer_text_loss
-from hybrid.inference import PICKS, TOKEN_BUDGET, noisy_copies, pick_rollout, refine
 from hybrid.losses import all_fields_right
 from hybrid.model import HybridModel
+from hybrid.refinement import PICKS, TOKEN_BUDGET, noisy_copies, pick_rollout, refine
 
 Z_95 = 1.959964  # two-sided 95% quantile of the normal distribution
 

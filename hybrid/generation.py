@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria
 
+from hybrid.asking import fields_asked, in_eval_mode, texts_asked
 from hybrid.backbone import Backbone, TextPrompt, length_batches
 from hybrid.config import TextConfig
 from hybrid.data import Example
 from hybrid.decoder import Field, FieldBatch
-from hybrid.inference import TOKEN_BUDGET, fields_asked, in_eval_mode, refine_rollouts, texts_asked
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
+from hybrid.refinement import TOKEN_BUDGET, refine_rollouts
 from hybrid.soft_prompt import PromptPass, SoftTokens, add_soft_tokens, next_token_logits, pad_left, read_prompts
 
 NUM_TOKENS = 64  # of a text, at most, unless its length is asked for

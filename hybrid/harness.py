@@ -34,8 +34,8 @@ from hybrid.decoder import Field
 from hybrid.documents import fields_of, is_document
 from hybrid.generation import generate, text_log_likelihoods
 from hybrid.hub import check_head_folder
-from hybrid.inference import PICKS, TOKEN_BUDGET, refine_rollouts
 from hybrid.model import HybridModel
+from hybrid.refinement import PICKS, TOKEN_BUDGET, refine_rollouts
 
 MODES = {
     "choice": "log-probabilities that the reasoner gives the choices of a document, normalised over these choices: no "

@@ -10,12 +10,13 @@ import yaml
 from conftest import CHOICES, tiny_model, tiny_run
 from test_training import write_data
 
+from hybrid.asking import fields_asked
 from hybrid.backbone import Backbone
 from hybrid.batches import embed_examples
 from hybrid.cli import main, run_config
 from hybrid.config import to_plain
 from hybrid.decoder import Field
-from hybrid.inference import Answer, fields_asked
+from hybrid.inference import Answer
 from hybrid.model import HybridModel
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

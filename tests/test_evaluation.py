@@ -28,7 +28,7 @@ from hybrid.evaluation import (
     wilson_interval,
     write_results,
 )
-from hybrid.inference import refine, refine_rollouts
+from hybrid.refinement import refine, refine_rollouts
 
 
 def test_wilson_interval_matches_published_values():

@@ -46,8 +46,8 @@ from hybrid.generation import (
     text_log_likelihoods,
     text_prompts,
 )
-from hybrid.inference import refine
 from hybrid.model import HybridModel
+from hybrid.refinement import refine
 from hybrid.soft_prompt import SoftTokens, next_token_logits, read_prompts
 
 QUESTIONS = ["A is left of B . B is left of C . Where is A relative to C ?", "C is above D . Where is C ?"]

@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import CHOICES, chain_examples, tiny_model
 
+from hybrid import refinement
 from hybrid.decoder import Field
-from hybrid.inference import answer_batch, noisy_copies, refine, refine_rollouts
+from hybrid.inference import answer_batch
 from hybrid.model import HybridModel
+from hybrid.refinement import noisy_copies, refine, refine_rollouts
 
 QUESTIONS = [f"{example.context} {example.question}" for example in chain_examples(7)]
 
@@ -144,18 +146,26 @@ def test_rollouts_keep_the_copy_that_q_believes_in(undecided):
     assert (believed[1] >= believed[0]).all() and (believed[1] > believed[0]).any()
 
 
-def test_vote_keeps_a_most_frequent_answer(model, monkeypatch):
-    from hybrid import inference
+def test_rollouts_encode_their_question_once(undecided, monkeypatch):
+    inputs, calls, encode = batch_of(undecided, QUESTIONS), [], undecided.encode
+    monkeypatch.setattr(undecided, "encode", lambda *args: calls.append(1) or encode(*args))
+    copies = noisy_copies(undecided, *inputs, 3, halting="never")
+    assert len(calls) == 1
+    for seed, copy in zip((None, 0, 1), copies, strict=True):
+        alone = refine(undecided, *inputs, noise_seed=seed, halting="never")
+        assert torch.equal(copy.scores, alone.scores) and torch.equal(copy.answer_latent, alone.answer_latent)
 
+
+def test_vote_keeps_a_most_frequent_answer(model, monkeypatch):
     inputs = batch_of(model, QUESTIONS[:1])
     runs = iter([0, 2, 2])
 
     def fake(*args, **kwargs):
         scores = torch.full((1, 1, 4), -1.0)
         scores[0, 0, next(runs)] = 1.0
-        return inference.Refined(scores, torch.tensor([5.0]), torch.tensor([1]), torch.zeros(1, 1, 4))
+        return refinement.Refined(scores, torch.tensor([5.0]), torch.tensor([1]), torch.zeros(1, 1, 4))
 
-    monkeypatch.setattr(inference, "refine", fake)
+    monkeypatch.setattr(refinement, "refine", fake)
     assert refine_rollouts(model, *inputs, rollouts=3, pick="vote").scores.argmax(-1).item() == 2
 
 

@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "hybrid"
 # Each module may import only from those before it.
 ORDER = [
     "config", "layers", "parallel", "backbone", "soft_prompt", "features", "adapter", "reasoner", "decoder", "schema",
-    "losses", "hub", "model", "data", "batches", "inference", "trace", "generation", "release", "evaluation",
-    "baselines", "lora", "documents", "harness", "comparison", "stream", "weights",
-    "preparation", "training", "quickstart", "bench", "cli",
+    "losses", "hub", "model", "data", "batches", "refinement", "asking", "generation", "inference", "trace", "release",
+    "evaluation", "baselines", "lora", "documents", "harness", "comparison", "stream", "weights", "preparation",
+    "training", "quickstart", "bench", "cli",
 ]  # fmt: skip
 
 

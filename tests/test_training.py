@@ -35,10 +35,11 @@ from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
 from hybrid.evaluation import StepRecord, train_seconds
 from hybrid.generation import keep_loss, own_texts
-from hybrid.inference import answer_batch, refine
+from hybrid.inference import answer_batch
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
 from hybrid.preparation import prepare, stage_at
+from hybrid.refinement import refine
 from hybrid.stream import Curriculum, RowStream
 from hybrid.training import CHECKPOINT, Trainer, train
 from hybrid.weights import learning_rate
