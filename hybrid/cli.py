@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hybrid.config import RunConfig
+    from hybrid.model import HybridModel
 
 INTERRUPTED = 130  # exit status of what was stopped and saved: `hybrid train … && hybrid eval …` ends there
 USAGE = """usage: hybrid COMMAND [options]      (hybrid COMMAND --help tells a command's options)
@@ -214,6 +215,32 @@ def command_eval(arguments: Sequence[str]) -> None:
     import shlex
     from pathlib import Path
 
+    folder, command = Path(parsed.head), shlex.join(["hybrid", "eval", *arguments])
+    config, role = config_of_head(folder, parsed)
+    if (folder / "adapter_config.json").exists():
+        for flag, given in {"--baselines": baselines, "--rollouts": rollouts}.items():
+            if given:
+                raise ValueError(f"{flag}: of a head alone, and {folder} holds a LoRA adapter")
+        _evaluate_lora(folder, config, role, output or folder / "results.json", command)
+        return
+    is_released = (folder / "expected.json").exists()  # it keeps its figures
+    path = output or (Path(f"{folder.name}_results.json") if is_released else folder / "results.json")
+    _evaluate_head(folder, config, role, path, command, steps, rollouts, baselines, parsed.max_train)
+
+
+def _evaluate_head(
+    folder: Path,
+    config: RunConfig,
+    role: str,
+    path: Path,
+    command: str,
+    steps: Sequence[int],
+    rollouts: Sequence[int],
+    baselines: Sequence[str],
+    max_train: int | None,
+) -> None:
+    from pathlib import Path
+
     from hybrid.baselines import check_zero_shot, linear_probe, mlp_probe, zero_shot
     from hybrid.batches import embed_examples
     from hybrid.data import load_examples, take_examples
@@ -230,52 +257,32 @@ def command_eval(arguments: Sequence[str]) -> None:
     )
     from hybrid.model import HybridModel
 
-    folder = Path(parsed.head)
-    config, role = config_of_head(folder, parsed)
-    if (folder / "adapter_config.json").exists():
-        for flag, given in {"--baselines": baselines, "--rollouts": rollouts}.items():
-            if given:
-                raise ValueError(f"{flag}: of a head alone, and {folder} holds a LoRA adapter")
-        path = output or folder / "results.json"
-        _evaluate_lora(folder, config, role, path, shlex.join(["hybrid", "eval", *arguments]))
-        return
-    own = folder / "results.json"
-    is_released = (folder / "expected.json").exists()
-    if is_released:  # it keeps its figures
-        own = Path(f"{folder.name}_results.json")
-    path = output or own
     probes = {"linear_probe": linear_probe, "mlp_probe": mlp_probe}
     examples = {role: load_examples(config.data, role)}
-    if has_probes:  # limited here, as the configuration's limit decides what is evaluated, too
+    if any(name in probes for name in baselines):  # limited here: the configuration limits what is evaluated, too
         trained = examples.get("train") or load_examples(config.data, "train")
-        examples["for probes"] = take_examples(trained, parsed.max_train, config.data.seed)
+        examples["for probes"] = take_examples(trained, max_train, config.data.seed)
     model = HybridModel.from_pretrained(folder)
     if model.config.asks_by_name and any(is_unnamed(example.fields) for example in examples[role]):
         warnings.warn(
             "some questions name no fields, and this head always was asked for fields by their names: expect guesses; "
             "give rows with `fields`, all that its training rows would have",
-            stacklevel=2,
+            stacklevel=3,
         )
     if "zero_shot" in baselines:
         check_zero_shot(model.backbone)
     embedded = embed_examples(config.features, model.backbone, examples)
-    source, seed = str(config.data.path or config.data.hub_id or config.data.reasoning_gym), config.training.seed
     figures = evaluate_head(model, embedded[role], steps)
-    reasoner, name = model.config.reasoner, {}
-    if reasoner.num_latent_passes == 0:
-        name = {"name": f"no recursion, {reasoner.num_layers} layers once"}
-    elif model.config.backbone.layers == [0]:
-        kept = "tokens" if model.config.backbone.memory == "tokens" else "words of sentences"
-        name = {"name": f"no language model, {kept} alone"}
+    source, seed = str(config.data.path or config.data.hub_id or config.data.reasoning_gym), config.training.seed
     results: dict[str, Any] = {
-        **name,
+        **_kind_of_head(model),
         "split": getattr(config.data, f"{role}_split"),
         "data": source,
         **training_cost(folder),
         **figures,
         "baselines": [],
         **harness_fields(Path(source).stem, figures, str(folder), seed),
-        **provenance(shlex.join(["hybrid", "eval", *arguments]), seed),
+        **provenance(command, seed),
     }
     write_results(path, results)  # before the rest: what is computed is kept
     if rollouts:
@@ -295,6 +302,17 @@ def command_eval(arguments: Sequence[str]) -> None:
     for row in results.get("accuracy_by_rollouts_q", []):
         print(f"{row['rollouts']} rollouts, the one that q believes in: {row['by_depth'][-1]['accuracy']:.3f}")
     print(f"mean steps {results['mean_steps_used']:.2f}; written: {path}, {path.with_suffix('.png')}")
+
+
+def _kind_of_head(model: HybridModel) -> dict[str, str]:
+    """The name of a baseline: a head without recursion, or without a language model."""
+    reasoner, backbone = model.config.reasoner, model.config.backbone
+    if reasoner.num_latent_passes == 0:
+        return {"name": f"no recursion, {reasoner.num_layers} layers once"}
+    if backbone.layers == [0]:
+        kept = "tokens" if backbone.memory == "tokens" else "words of sentences"
+        return {"name": f"no language model, {kept} alone"}
+    return {}
 
 
 def _evaluate_lora(folder: Path, config: RunConfig, role: str, path: Path, command: str) -> None:

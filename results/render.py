@@ -31,8 +31,8 @@ BLOCK = re.compile(
 )
 COLUMNS = {  # of the matrix, and how the names of its systems begin in result files
     "head": "**head**",
-    "applied once": "no recursion, 2 layers",
-    "16 layers": "no recursion, 16 layers",
+    "one pass": "no recursion, 2 layers",
+    "untied layers": ("no recursion, 8 layers", "no recursion, 16 layers"),
     "no LLM": "no language model",
     "LoRA": "LoRA",
     "probe": ("linear probe", "MLP probe"),
