@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[name](rest)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("HYBRID_DEBUG"):
             raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from huggingface_hub.dataclasses import strict
@@ -415,6 +415,15 @@ class RunConfig:
         if self.training.keep_loss_weight > 0:
             trained = writes and (parts is None or "text_decoder" in parts)
             _check(trained, "training.keep_loss_weight", self.training.keep_loss_weight, "0 without a text decoder")
+
+
+def stage_at(config: RunConfig, update: float) -> ReasonerConfig:
+    """The recursion numbers of an update: its stage's, and what the stage leaves out as configured."""
+    stages = [stage for stage in config.training.recursion_schedule if stage.start <= update]
+    names = ("num_latent_passes", "num_cycles", "max_steps")
+    given = {name: value for stage in stages[-1:] for name in names if (value := getattr(stage, name)) is not None}
+    most = given.get("num_cycles", config.reasoner.num_cycles)
+    return replace(config.reasoner, **given, num_gradient_cycles=min(config.reasoner.num_gradient_cycles, most))
 
 
 def _section(cls: type[BackboneConfig | AdapterConfig | ReasonerConfig | TextConfig], value: Any, name: str) -> Any:

@@ -245,11 +245,13 @@ def _to_examples(config: DataConfig, split: str, rows: Rows, train_rows: Rows) -
     canonical, choices, examples = _canonical_rows(config, rows), config.choices, []
     if choices is None and any(row.get("choices") is None and row.get("fields") is None for row in canonical):
         # A closed vocabulary: the answers of the training split alone, lest the options tell of the test answers.
-        answers = [row["answer"] for row in _canonical_rows(config, train_rows)]
+        trained = _canonical_rows(config, train_rows)
+        answers = [row["answer"] for row in trained]
         choices = sorted({str(answer).strip() for answer in answers if answer is not None}) or None
-        if choices is not None and len(choices) > MAX_ANSWERS:
+        bare = {str(row["answer"]) for row in trained if row.get("choices") is None and row.get("fields") is None}
+        if len(bare) > MAX_ANSWERS:
             raise ValueError(
-                f"{len(choices):,} different answers and no choices, and a head chooses: give each question its own "
+                f"{len(bare):,} different answers and no choices, and a head chooses: give each question its own "
                 "(a column `choices`), or list all of them in data.choices"
             )
     for number, row in enumerate(canonical, start=1):
@@ -288,7 +290,9 @@ def _value(row: Mapping[str, Any], source: str) -> Any:
     """What a row has in a column, at a path into one (`choices.text`), or in a format string over several."""
     try:
         if "{" in source:
-            return source.format(**{name: "" if value is None else value for name, value in row.items()})
+            text = source.format(**{name: "" if value is None else value for name, value in row.items()})
+            has_gap = any(row.get(name) is None for name in _columns_read(source, list(row)))
+            return re.sub(" {2,}", " ", text).strip(" ") if has_gap else text
         first = source.partition(".")[0]
         if source in row or first == source:
             return row.get(source)
@@ -296,7 +300,7 @@ def _value(row: Mapping[str, Any], source: str) -> Any:
         if first in COLUMNS and all(isinstance(value, str) for value in values):  # a local copy in canonical columns
             return row[first]
         return reduce(operator.getitem, source.split("."), row)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         shown = reprlib.repr(dict(row))
         raise ValueError(f"data.column_mapping: {source!r} finds nothing in {shown}: {error!r}") from error
 

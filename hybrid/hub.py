@@ -28,7 +28,7 @@ from hybrid import {imports}
 
 model = HybridModel.from_pretrained("path/to/{name}")
 {call}
-{generate}```
+```
 
 Cycles in a refinement step: {num_cycles}, of {num_latent_passes} + 1 passes each. Steps at most: {max_steps}, halting
 `{halting}`. It answers whatever it is asked, worded as in training or not, and can be sure of a wrong answer: see what
@@ -87,6 +87,7 @@ def recorded_call(folder: Path) -> tuple[str, str] | None:
     value, fields = first["value"], first.get("fields")
     if isinstance(value, dict) and len(value) > MAX_SHOWN:
         value = {**dict(list(value.items())[:MAX_SHOWN]), "…": f"{len(value)} fields"}
+    written = first.get("text")
     call = ["answer = model.answer(", f"    {_literal(first['question'])},"]
     call += [f"    {name}={_literal(first[name])}," for name in ("context", "choices") if first.get(name)]
     if fields:
@@ -101,7 +102,10 @@ def recorded_call(folder: Path) -> tuple[str, str] | None:
         shown = [f"        Field({_literal(field['name'])}, {text}{place})," for field, text, place in named]
         call += ["    fields=[", *shown, "    ],"]
     imports = "Field, HybridModel" if fields else "HybridModel"
-    return imports, "\n".join([*call, ")", "print(answer.value)", f"# {value}"])
+    if written is None:
+        return imports, "\n".join([*call, ")", "print(answer.value)", f"# {value}"])
+    explained = "    explain=True,  # the language model writes it, too"
+    return imports, "\n".join([*call, explained, ")", "print(answer.value, answer.text)", f"# {value} {written}"])
 
 
 def _literal(value: Any) -> str:
@@ -147,22 +151,23 @@ def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None
         "datasets_line": f"datasets: [{data['hub_id']}]\n" if data.get("hub_id") and not data.get("path") else "",
         "trained_on": trained_on(run),
     }
-    general = facts["imports"], f'print(model.answer("..."{facts["arguments"]}).value)'
-    imports, call = recorded_call(folder) or general
-    generate = 'print(model.generate_text("..."))  # the language model, steered\n' if facts["writes"] else ""
-    shown = {"results": results_table(folder), "imports": imports, "call": call, "generate": generate}
+    general = f'print(model.answer("..."{facts["arguments"]}).value)'
+    if facts["writes"]:
+        general += '\nprint(model.generate_text("..."))  # the language model, steered'
+    imports, call = recorded_call(folder) or (facts["imports"], general)
+    shown = {"results": results_table(folder), "imports": imports, "call": call}
     text = CARD.format(name=folder.name, **lines, **(facts | shown))
     (folder / "README.md").write_text(text)
 
 
-def upload_folder(folder: Path, repo_id: str, private: bool = False) -> str:
+def upload_folder(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """Upload a saved head as it is, its card included, and return its address.
 
     `push_to_hub` of transformers would overwrite the card, hence this function.
     """
     from huggingface_hub import HfApi
 
-    check_head_folder(folder)
+    check_head_folder(Path(folder))
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     return str(api.upload_folder(repo_id=repo_id, folder_path=folder))

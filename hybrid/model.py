@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -411,7 +412,7 @@ class HybridModel(PreTrainedModel):
             num_fields: Pad to this number, or to the longest row.
             starts: The memory vectors that the fields of each start from (`field_starts`).
         """
-        if len(self._texts.names) > MAX_TEXTS:
+        if self._texts.is_full():
             self._texts = _TextTable(self._texts.told_of_alike)
         texts = self._texts
         for fields in rows:
@@ -600,7 +601,8 @@ def _hub_id(name_or_path: str) -> str | None:
     """Where a backbone is published; the Hub refuses a card that names a folder of one's own."""
     if name_or_path == SMOLLM2:
         return SMOLLM2_HUB_ID
-    return None if Path(name_or_path).exists() else name_or_path
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name_or_path)
+    return name_or_path if is_id and not Path(name_or_path).exists() else None
 
 
 class _TextTable:
@@ -619,6 +621,10 @@ class _TextTable:
             self._numbers[text] = len(self.names)
             self.names.append(text)
         return self._numbers[text]
+
+    def is_full(self) -> bool:
+        """Whether it holds so much that one starts anew; fields that stand at other places are others."""
+        return max(len(self.names), len(self._encoded)) > MAX_TEXTS
 
     def has(self, fields: tuple[Field, ...]) -> bool:
         """Whether they were encoded before."""

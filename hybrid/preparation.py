@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from hybrid.batches import (
     embed_examples,
     known_options,
 )
-from hybrid.config import HybridConfig, ReasonerConfig, RunConfig
+from hybrid.config import HybridConfig, RunConfig, stage_at
 from hybrid.data import Example, load_examples
 from hybrid.decoder import is_unnamed
 from hybrid.generation import answer_text
@@ -156,12 +155,3 @@ def _sample_states(model: HybridModel, train: EmbeddedExamples, seed: int) -> Te
         if num_tokens >= NUM_STATISTICS_TOKENS:
             break
     return torch.cat(states)
-
-
-def stage_at(config: RunConfig, update: float) -> ReasonerConfig:
-    """The recursion numbers of an update: its stage's, and what the stage leaves out as configured."""
-    stages = [stage for stage in config.training.recursion_schedule if stage.start <= update]
-    names = ("num_latent_passes", "num_cycles", "max_steps")
-    given = {name: value for stage in stages[-1:] for name in names if (value := getattr(stage, name)) is not None}
-    most = given.get("num_cycles", config.reasoner.num_cycles)
-    return replace(config.reasoner, **given, num_gradient_cycles=min(config.reasoner.num_gradient_cycles, most))

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from hybrid.backbone import Backbone, native_dtype
 from hybrid.batches import EmbeddedExamples
-from hybrid.config import ReasonerConfig, RunConfig, to_plain
+from hybrid.config import ReasonerConfig, RunConfig, stage_at, to_plain
 from hybrid.data import Example, data_fingerprint
 from hybrid.decoder import FieldBatch
 from hybrid.evaluation import by_depth, device_name, run_steps, run_text
@@ -42,7 +42,7 @@ from hybrid.generation import answer_text_loss, keep_loss, own_texts
 from hybrid.losses import IGNORED, all_fields_right
 from hybrid.model import HybridModel
 from hybrid.parallel import map_in_threads
-from hybrid.preparation import prepare, stage_at
+from hybrid.preparation import prepare
 from hybrid.reasoner import ReasonerState, has_halted
 from hybrid.stream import CarriedRows, Curriculum, RowStream
 from hybrid.weights import MasterWeights, learning_rate
@@ -521,7 +521,8 @@ def train(config: RunConfig, resume: bool = False, backbone: Backbone | None = N
     Args:
         config: The run.
         resume: Go on from the checkpoint in `training.output_folder`.
-        backbone: A loaded backbone to use instead of loading one, read as the configuration says.
+        backbone: A loaded backbone to use instead of loading one; template and memory are the configuration's, and
+            layers, too, where it names any.
 
     Raises:
         ValueError: The configuration, the data or an existing output folder does not allow the run.

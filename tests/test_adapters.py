@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybrid.backbone import Backbone
+from hybrid.hub import recorded_call
 from hybrid.release import differences
 
 ADAPTERS = sorted(path.parent for path in (Path(__file__).parent.parent / "adapters").glob("*/config.json"))
@@ -18,10 +19,12 @@ ADAPTERS = sorted(path.parent for path in (Path(__file__).parent.parent / "adapt
 def test_released_head_reproduces_its_stored_answers(folder, capsys):
     backbone = Backbone.from_pretrained("smollm2")
     assert differences(folder, backbone) == []
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]  # of the card, as it stands
-    exec(code.partition("print(model.generate_text")[0].replace(f"path/to/{folder.name}", str(folder)), {})
-    recorded = json.loads((folder / "expected.json").read_text())[0]["value"]
-    assert capsys.readouterr().out.splitlines()[-1] == str(recorded)
+    card = (folder / "README.md").read_text()
+    assert recorded_call(folder)[1] in card
+    exec(card.split("```python\n")[1].split("```")[0].replace(f"path/to/{folder.name}", str(folder)), {})
+    recorded = json.loads((folder / "expected.json").read_text())[0]
+    said = f"{recorded['value']} {recorded['text']}" if "text" in recorded else str(recorded["value"])
+    assert capsys.readouterr().out.splitlines()[-1] == said
 
 
 def test_there_are_released_heads():

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
 from transformers import AutoModel, ByT5Tokenizer, OPTConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from hybrid import backbone as backbone_module
-from hybrid.backbone import Backbone, default_layers, length_batches, one_text, sentences
+from hybrid.backbone import Backbone, default_layers, length_batches, native_dtype, one_text, sentences
 
 TEXTS = [("A is left of B .", "Where is A ?"), ("A is left of B . B is above C .", "Where is A relative to C ?")]
 
@@ -310,3 +310,8 @@ def test_length_batches_keep_the_budget_and_waste_little():
     assert 1 - sum(lengths) / sum(padded) < 0.03  # padding fraction
     assert max(lengths[i] for i in batches[0]) == max(lengths)
     assert length_batches([5000, 10], 2048) == [[0], [1]]  # one text over the budget still runs, alone
+
+
+def test_builds_without_onednn_compute_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert native_dtype(torch.device("cpu")) == torch.float32

@@ -191,3 +191,11 @@ def test_every_layer_is_probed(backbone):
     rows = probe_layers(backbone, chain_examples(60), chain_examples(20, seed=9), progress=False)
     assert [row["layer"] for row in rows] == [0, 1, 2, 3]
     assert rows[1]["accuracy_by_depth"][-1]["n"] == 20
+
+
+def test_rows_that_are_sorted_are_shuffled_before_a_layer_is_probed(backbone, monkeypatch):
+    seen, fit = [], fit_logistic
+    monkeypatch.setattr("hybrid.baselines.fit_logistic", lambda *args: seen.append(args[1]) or fit(*args))
+    train = sorted(chain_examples(60), key=lambda example: example.answers)
+    probe_layers(backbone, train, chain_examples(20, seed=9), progress=False)
+    assert len(seen[0][48:].unique()) > 1  # the last fifth chooses the weight decay

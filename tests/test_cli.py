@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -392,3 +393,22 @@ def test_readme_configuration_is_one(tmp_path):
     config, _ = run_config([str(path)], "train")
     assert config.data.column_mapping == {"context": "passage", "answer": "label"}
     assert config.training.num_updates == 3000
+
+
+def test_readme_configuration_trains_a_head_that_answers(tmp_path, backbone_folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (CONFIGS[0].parent.parent / "README.md").read_text()
+    run = yaml.safe_load(readme.split("```yaml\n", 1)[1].split("```", 1)[0])
+    run["backbone"] |= {"name_or_path": str(backbone_folder), "layers": [0, 2], "dtype": "float32"}
+    run["features"] = {"folder": str(tmp_path / "features")}
+    (tmp_path / "my_run.yaml").write_text(yaml.safe_dump(run))
+    rows = [
+        {"passage": f"{one} is left of {two} .", "question": f"Is {asked} left of {two} ?", "label": label}
+        for one, two, other in itertools.permutations("ABCD", 3)
+        for asked, label in ((one, "yes"), (other, "unknown"))
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    main(["train", "my_run.yaml", "--training.num_updates", "3", "--training.batch_size", "4"])
+    main(["eval", "runs/mine/best", "--steps", "1,2,4,8"])
+    main(["ask", "runs/mine/best", "Is A left of B ?", "--context", "A is left of B .", "--trace"])
+    assert "probability" in capsys.readouterr().out

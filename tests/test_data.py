@@ -139,10 +139,14 @@ def test_odd_cells_are_read_as_meant_or_refused(tmp_path):
     with pytest.raises(ValueError, match="depth '1,000': expected a whole number"):
         load([{**ROW, "depth": "1,000"}], tmp_path)
     path = tmp_path / "rows.csv"
-    path.write_text("a,b,question,answer\nx,,Which?,yes\n")
-    mapping = {"context": "{a} {b}"}
-    (joined,) = load_examples(DataConfig(path=str(path), column_mapping=mapping, choices=["yes", "no"]), "train")
-    assert joined.context == "x"
+    path.write_text("a,b,c,question,answer\nx,,y  z,Which?,yes\n")
+    for source, expected in (("{a} {b}", "x"), ("{a} {b} {question}", "x Which?"), ("{a} {c}", "x y  z")):
+        mapping = {"context": source}
+        (joined,) = load_examples(DataConfig(path=str(path), column_mapping=mapping, choices=["yes", "no"]), "train")
+        assert joined.context == expected
+    config = DataConfig(path=str(path), column_mapping={"context": "{b:.2f}"}, choices=["yes", "no"])
+    with pytest.raises(ValueError, match="data.column_mapping: '{b:.2f}' finds nothing in"):
+        load_examples(config, "train")
 
 
 def test_many_different_answers_need_choices(tmp_path):
@@ -150,6 +154,8 @@ def test_many_different_answers_need_choices(tmp_path):
     with pytest.raises(ValueError, match="1,001 different answers and no choices"):
         load(rows, tmp_path)
     assert len(load(rows, tmp_path, choices=[row["answer"] for row in rows])) == 1001
+    own = [{**row, "choices": [row["answer"], "another"]} for row in rows]
+    assert len(load([*own, {"question": "Is it?", "answer": "text 0"}], tmp_path)) == 1002
 
 
 def test_dates_in_json_are_refused_where_they_would_change(tmp_path):

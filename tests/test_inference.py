@@ -205,6 +205,15 @@ def test_head_that_is_asked_by_name_says_so(model, tmp_path):
     assert """answer("...", context="...", fields=["..."]).value""" in (tmp_path / "README.md").read_text()
 
 
+def test_warnings_name_the_line_that_asked(model):
+    model.config.choices, model.config.fields = None, {"A": ["knight", "knave"]}
+    asked = {"fields": {"B": ["knight", "knave"]}}
+    for ask in (lambda: model.answer(QUESTIONS[0], **asked), lambda: answer_batch(model, QUESTIONS[:1], **asked)):
+        with pytest.warns(UserWarning, match="unknown to this head") as told:
+            ask()
+        assert [warning.filename for warning in told] == [__file__]
+
+
 def test_head_with_default_fields_answers_them(model, tmp_path):
     model.config.choices, model.config.fields = None, {"A": ["knight", "knave"], "B": ["yes", "no"]}
     model.save_pretrained(tmp_path)

@@ -212,7 +212,7 @@ def test_folder_that_is_no_head(model, backbone, tmp_path):
     with pytest.raises(ValueError, match="holds weights.pt: pickled weights are refused"):
         HybridModel.from_pretrained(tmp_path, backbone)
     with pytest.raises(ValueError, match="pickled weights are refused"):
-        upload_folder(tmp_path, "someone/head")
+        upload_folder(str(tmp_path), "someone/head")
     with pytest.raises(ValueError, match="no head at 'no/such-head'"):
         HybridModel.from_pretrained("no/such-head", backbone)
 
@@ -277,6 +277,9 @@ def test_options_that_rows_bring_are_kept_in_bounds(model, monkeypatch):
         numbers = [*batch.name_index.flatten().tolist(), *batch.option_index.flatten().tolist()]
         torch.testing.assert_close(batch.text_vectors[numbers], expected)
         assert len(model._texts.names) <= 20 + 3 and len(model._texts._vectors) <= 2 * (20 + 3)
+    for place in range(100):  # the same texts elsewhere
+        model.field_batch([[Field("answer", CHOICES, at=place)]])
+        assert len(model._texts._encoded) <= 20 + 1
 
 
 @pytest.mark.parametrize(
@@ -301,8 +304,9 @@ def test_card_names_the_backbone_and_takes_numbers_from_the_result_file(model, t
     (tmp_path / "written.json").write_text(json.dumps({"split": "test", "exact_match": exact_match}))
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    model.config.backbone.name_or_path = str(tmp_path)
-    model.write_card(tmp_path)
-    assert "base_model" not in (tmp_path / "README.md").read_text()  # a folder of one's own
+    for own in (str(tmp_path), str(tmp_path / "elsewhere"), "../models/own"):  # a folder, here or not
+        model.config.backbone.name_or_path = own
+        model.write_card(tmp_path)
+        assert "base_model" not in (tmp_path / "README.md").read_text()
     assert "base_model: tiny-llama" in card and "| valid | 1 | 0.500 | 0.400–0.600 | 9 |" in card
     assert card.count("| test, in words | all | 0.750 | 0.700–0.800 | 8 |") == 1

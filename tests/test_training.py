@@ -30,7 +30,16 @@ from hybrid.batches import (
     embed_examples,
     known_options,
 )
-from hybrid.config import FeatureConfig, HybridConfig, RecursionStage, RunConfig, TextConfig, TrainingConfig, to_plain
+from hybrid.config import (
+    FeatureConfig,
+    HybridConfig,
+    RecursionStage,
+    RunConfig,
+    TextConfig,
+    TrainingConfig,
+    stage_at,
+    to_plain,
+)
 from hybrid.data import Example, load_examples
 from hybrid.decoder import Field
 from hybrid.evaluation import StepRecord, train_seconds
@@ -38,7 +47,7 @@ from hybrid.generation import keep_loss, own_texts
 from hybrid.inference import answer_batch
 from hybrid.losses import IGNORED
 from hybrid.model import HybridModel
-from hybrid.preparation import prepare, stage_at
+from hybrid.preparation import prepare
 from hybrid.refinement import refine
 from hybrid.stream import Curriculum, RowStream
 from hybrid.training import CHECKPOINT, Trainer, train
