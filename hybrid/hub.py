@@ -87,7 +87,6 @@ def recorded_call(folder: Path) -> tuple[str, str] | None:
     value, fields = first["value"], first.get("fields")
     if isinstance(value, dict) and len(value) > MAX_SHOWN:
         value = {**dict(list(value.items())[:MAX_SHOWN]), "…": f"{len(value)} fields"}
-    written = first.get("text")
     call = ["answer = model.answer(", f"    {_literal(first['question'])},"]
     call += [f"    {name}={_literal(first[name])}," for name in ("context", "choices") if first.get(name)]
     if fields:
@@ -101,11 +100,12 @@ def recorded_call(folder: Path) -> tuple[str, str] | None:
         named = zip(fields, options, places, strict=True)
         shown = [f"        Field({_literal(field['name'])}, {text}{place})," for field, text, place in named]
         call += ["    fields=[", *shown, "    ],"]
+    printed, said = "answer.value", str(value)
+    if (written := first.get("text")) is not None:
+        call.append("    explain=True,  # the language model writes it, too")
+        printed, said = "answer.value, answer.text", f"{value} {written}"
     imports = "Field, HybridModel" if fields else "HybridModel"
-    if written is None:
-        return imports, "\n".join([*call, ")", "print(answer.value)", f"# {value}"])
-    explained = "    explain=True,  # the language model writes it, too"
-    return imports, "\n".join([*call, explained, ")", "print(answer.value, answer.text)", f"# {value} {written}"])
+    return imports, "\n".join([*call, ")", f"print({printed})", f"# {' '.join(said.split())}"])
 
 
 def _literal(value: Any) -> str:

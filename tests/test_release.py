@@ -66,6 +66,13 @@ def test_card_shows_the_first_question_and_some_of_many_fields(tmp_path):
         "print(answer.value)",
         "# {'Al': 'son', 'Jo': 'uncle'}",
     ]
+    (tmp_path / "expected.json").write_text(json.dumps([{"question": "Who?", "value": "Al", "text": "It is\n Al."}]))
+    assert recorded_call(tmp_path)[1].splitlines()[2:] == [
+        "    explain=True,  # the language model writes it, too",
+        ")",
+        "print(answer.value, answer.text)",
+        "# Al It is Al.",
+    ]
     asked["fields"] = {"Al": ["son", "uncle"], "Jo": ["aunt"]}
     (tmp_path / "expected.json").write_text(json.dumps([asked]))
     assert '        Field("Jo", ["aunt"]),\n' in recorded_call(tmp_path)[1]
