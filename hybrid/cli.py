@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[name](rest)
     except KeyboardInterrupt:
+        sys.stderr.write(f"\nhybrid {name}: stopped; hidden states that are computed stay in the cache\n")
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("HYBRID_DEBUG"):
@@ -296,7 +297,7 @@ def _evaluate_head(
     plot_steps(results, path.with_suffix(".png"))
     if path == folder / "results.json":
         model.write_card(folder)
-    print(accuracy_lines(results))
+    print(f"{len(examples[role]):,} questions, split {results['split']} of {source}\n\n{accuracy_lines(results)}")
     curve = ((row["steps"], row["by_depth"][-1]["accuracy"]) for row in results["accuracy_by_steps"])
     print("all depths by steps: " + ", ".join(f"{number}: {accuracy:.3f}" for number, accuracy in curve))
     for row in results.get("accuracy_by_rollouts_q", []):

@@ -26,7 +26,7 @@ model is loaded from where it is published.{trained_on}
 ```python
 from hybrid import {imports}
 
-model = HybridModel.from_pretrained("path/to/{name}")
+model = HybridModel.from_pretrained("{where}")
 {call}
 ```
 
@@ -48,6 +48,8 @@ def check_head_folder(folder: Path) -> None:
     """
     if (folder / "best" / "config.json").exists():
         raise ValueError(f"{folder} is the folder of a run: its head is {folder / 'best'}")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds a LoRA adapter, not a head: `hybrid eval` takes it, and `hybrid harness`")
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
         raise ValueError(f"{folder} holds {pickles[0]}: pickled weights are refused, keep model.safetensors only")
     for name in ("config.json", "model.safetensors"):
@@ -156,7 +158,9 @@ def write_card(folder: Path, facts: dict[str, Any], license: str | None) -> None
         general += '\nprint(model.generate_text("..."))  # the language model, steered'
     imports, call = recorded_call(folder) or (facts["imports"], general)
     shown = {"results": results_table(folder), "imports": imports, "call": call}
-    text = CARD.format(name=folder.name, **lines, **(facts | shown))
+    where = folder.resolve()
+    where = where.relative_to(Path.cwd()) if where.is_relative_to(Path.cwd()) else Path("path/to") / folder.name
+    text = CARD.format(name=folder.name, where=where.as_posix(), **lines, **(facts | shown))
     (folder / "README.md").write_text(text)
 
 

@@ -15,6 +15,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -532,6 +533,13 @@ def train(config: RunConfig, resume: bool = False, backbone: Backbone | None = N
     if not resume and (folder / CHECKPOINT).exists():
         raise ValueError(f"{folder} holds a run already: go on with --resume, or give another training.output_folder")
     checkpoint = read_checkpoint(config) if resume else None
+    last = max((stage.start for stage in config.training.recursion_schedule), default=0)
+    if last >= config.training.num_updates:
+        warnings.warn(
+            f"training.recursion_schedule has a stage from update {last} on, and the run ends after "
+            f"{config.training.num_updates}: what is evaluated was not trained; let it start earlier",
+            stacklevel=2,
+        )
     trackers: Any = config.training.trackers or None
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),

@@ -21,7 +21,7 @@ def test_released_head_reproduces_its_stored_answers(folder, capsys):
     assert differences(folder, backbone) == []
     card = (folder / "README.md").read_text()
     assert recorded_call(folder)[1] in card
-    exec(card.split("```python\n")[1].split("```")[0].replace(f"path/to/{folder.name}", str(folder)), {})
+    exec(card.split("```python\n")[1].split("```")[0].replace(f"adapters/{folder.name}", str(folder)), {})
     recorded = json.loads((folder / "expected.json").read_text())[0]
     said = f"{recorded['value']} {recorded['text']}" if "text" in recorded else str(recorded["value"])
     assert capsys.readouterr().out.splitlines()[-1] == said

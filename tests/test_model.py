@@ -201,6 +201,10 @@ def test_another_revision_of_the_backbone_is_doubtful(model, backbone):
 
 
 def test_folder_that_is_no_head(model, backbone, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="holds a LoRA adapter, not a head"):
+        HybridModel.from_pretrained(tmp_path / "lora", backbone)
     with pytest.raises(ValueError, match="no config.json"):
         HybridModel.from_pretrained(tmp_path, backbone)
     model.save_pretrained(tmp_path / "run" / "best")

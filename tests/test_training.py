@@ -258,6 +258,13 @@ def test_a_loaded_backbone_is_read_as_the_run_says(folder, backbone):
     assert (head.config.backbone.layers, head.config.backbone.template) == ([1], "plain")
 
 
+def test_a_stage_that_is_not_reached_is_told(folder, backbone):
+    config = tiny_run(folder, num_updates=2)
+    config.training.recursion_schedule = [RecursionStage(max_steps=1), RecursionStage(start=2, max_steps=2)]
+    with pytest.warns(UserWarning, match="a stage from update 2 on, and the run ends after 2"):
+        train(config, backbone=backbone)
+
+
 def test_a_run_may_have_a_thread_of_its_own(folder, backbone):
     with ThreadPoolExecutor() as pool:
         assert pool.submit(train, tiny_run(folder, num_updates=2), backbone=backbone).result().exists()
