@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 import reprlib
-import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from hybrid.backbone import warn_caller
 from hybrid.decoder import Field
 from hybrid.model import HybridModel
 
@@ -75,7 +70,7 @@ def fields_asked(
                 "this head is asked for fields by their names, whose options it has: give fields=['name', …] "
                 """(`--fields '["name", …]'`), all that its training rows would have"""
             )
-        _warn_caller(
+        warn_caller(
             "choices ask for one field, and this head always was asked for fields by their names: expect guesses"
         )
     if isinstance(fields, Mapping):
@@ -104,24 +99,15 @@ def fields_asked(
         )
     names = [field.name for field in asked]
     if model.config.places is None and (standing := [field.name for field in asked if field.at is not None]):
-        _warn_caller(
+        warn_caller(
             f"fields {standing[:3]} say where they stand, which this head ignores: no field of its training set did"
         )
     if own is not None and (new := [name for name in names if name not in own]):
-        _warn_caller(
+        warn_caller(
             f"fields {new[:3]} are unknown to this head, which always was asked {list(own)[:3]} …: expect guesses"
         )
     elif own is not None and len(names) < len(own):
-        _warn_caller(
+        warn_caller(
             f"{len(names)} of the {len(own)} fields that this head always was asked together: expect worse answers"
         )
     return asked
-
-
-def _warn_caller(message: str) -> None:
-    """Warn of the line that asked: between it and here are functions of ours and torch's decorators."""
-    inside = tuple(f"{Path(str(file)).parent}{os.sep}" for file in (__file__, torch.__file__))
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)

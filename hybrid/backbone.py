@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import unicodedata
@@ -854,3 +855,12 @@ def quiet_transformers() -> Generator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def warn_caller(message: str) -> None:
+    """Warn of the line that called this package, whatever functions and decorators of torch lie between."""
+    inside = tuple(f"{Path(str(file)).parent}{os.sep}" for file in (__file__, torch.__file__))
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -216,9 +216,11 @@ def command_eval(arguments: Sequence[str]) -> None:
     import shlex
     from pathlib import Path
 
+    from hybrid.hub import holds_lora
+
     folder, command = Path(parsed.head), shlex.join(["hybrid", "eval", *arguments])
     config, role = config_of_head(folder, parsed)
-    if (folder / "adapter_config.json").exists():
+    if holds_lora(folder):
         for flag, given in {"--baselines": baselines, "--rollouts": rollouts}.items():
             if given:
                 raise ValueError(f"{flag}: of a head alone, and {folder} holds a LoRA adapter")
@@ -274,7 +276,7 @@ def _evaluate_head(
         check_zero_shot(model.backbone)
     embedded = embed_examples(config.features, model.backbone, examples)
     figures = evaluate_head(model, embedded[role], steps)
-    source, seed = str(config.data.path or config.data.hub_id or config.data.reasoning_gym), config.training.seed
+    source, seed = _source(config), config.training.seed
     results: dict[str, Any] = {
         **_kind_of_head(model),
         "split": getattr(config.data, f"{role}_split"),
@@ -324,13 +326,18 @@ def _evaluate_lora(folder: Path, config: RunConfig, role: str, path: Path, comma
     examples = load_examples(config.data, role)
     results = {
         "split": getattr(config.data, f"{role}_split"),
-        "data": str(config.data.path or config.data.hub_id or config.data.reasoning_gym),
+        "data": _source(config),
         "data_fingerprint": data_fingerprint(examples),
         **evaluate_lora(folder, config, examples),
         **provenance(command, config.training.seed),
     }
     write_results(path, results)
     print(f"{accuracy_lines(results)}\nwritten: {path}")
+
+
+def _source(config: RunConfig) -> str:
+    """Where the questions of a run come from."""
+    return str(config.data.path or config.data.hub_id or config.data.reasoning_gym)
 
 
 def _result_file(text: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria
 
 from hybrid.asking import fields_asked, in_eval_mode, texts_asked
-from hybrid.backbone import Backbone, TextPrompt, length_batches
+from hybrid.backbone import Backbone, TextPrompt, length_batches, warn_caller
 from hybrid.config import TextConfig
 from hybrid.data import Example
 from hybrid.decoder import Field, FieldBatch
@@ -172,7 +171,7 @@ def generate_texts(
             kwargs["generation_config"].max_new_tokens = NUM_TOKENS
     trained = model.config.text.chat
     if chat is not None and chat != trained:
-        warnings.warn(f"chat={chat}: this head was trained with text.chat={trained}: expect guesses", stacklevel=3)
+        warn_caller(f"chat={chat}: this head was trained with text.chat={trained}: expect guesses")
     asked = fields_asked(model, choices, fields)
     all_prompts = text_prompts(model, texts_asked(questions, contexts, asked), chat) if questions else []
     stop = [stop] if isinstance(stop, str) else stop or []

@@ -40,6 +40,11 @@ WIDTH = 115  # of the card's prose
 MAX_SHOWN = 8  # fields of an answer that the card shows
 
 
+def holds_lora(folder: Path) -> bool:
+    """Whether a folder is an adapter of `peft`, and no head."""
+    return (folder / "adapter_config.json").exists()
+
+
 def check_head_folder(folder: Path) -> None:
     """Refuse a folder that is no saved head, before anything is loaded.
 
@@ -48,7 +53,7 @@ def check_head_folder(folder: Path) -> None:
     """
     if (folder / "best" / "config.json").exists():
         raise ValueError(f"{folder} is the folder of a run: its head is {folder / 'best'}")
-    if (folder / "adapter_config.json").exists():
+    if holds_lora(folder):
         raise ValueError(f"{folder} holds a LoRA adapter, not a head: `hybrid eval` takes it, and `hybrid harness`")
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
         raise ValueError(f"{folder} holds {pickles[0]}: pickled weights are refused, keep model.safetensors only")

@@ -28,6 +28,7 @@ from hybrid.config import BackboneConfig, RunConfig, TextConfig, to_plain
 from hybrid.data import Example, load_examples
 from hybrid.evaluation import by_depth, device_name, training_cost
 from hybrid.generation import answer_text, answer_token_ids, greedy_texts, is_answer
+from hybrid.hub import holds_lora
 from hybrid.losses import IGNORED
 
 RANK = 16
@@ -134,7 +135,7 @@ def check_lora_folder(folder: Path) -> None:
     Raises:
         ValueError: So it is.
     """
-    if not (folder / "adapter_config.json").exists():
+    if not holds_lora(folder):
         raise ValueError(f"{folder} holds no LoRA adapter: train one with `hybrid train CONFIG.yaml --baseline lora`")
 
 

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from hybrid import __version__
 from hybrid.adapter import Adapter
-from hybrid.backbone import Backbone, load_backbone, native_dtype, one_text, quiet_transformers
+from hybrid.backbone import Backbone, load_backbone, native_dtype, one_text, quiet_transformers, warn_caller
 from hybrid.config import SMOLLM2, SMOLLM2_HUB_ID, AdapterConfig, HybridConfig, ReasonerConfig, TextConfig
 from hybrid.decoder import Field, FieldBatch, FieldDecoder, TextDecoder, named
 from hybrid.hub import check_head_folder, write_card
@@ -452,10 +452,9 @@ class HybridModel(PreTrainedModel):
                 same.setdefault(self.backbone.token_shares(text), []).append(text)
             if alike := [group for group in same.values() if len(group) > 1]:
                 self._texts.told_of_alike = True
-                warnings.warn(
+                warn_caller(
                     f"{kind} {alike[0][:3]} have the same tokens, and are none that this head knows from training: it"
-                    " cannot tell them apart",
-                    stacklevel=3,
+                    " cannot tell them apart"
                 )
                 return
 
@@ -494,8 +493,7 @@ class HybridModel(PreTrainedModel):
         if lost := list(dict.fromkeys(field.name for field, start in pairs if start < 0)):
             unfound = ", nor does the text have such names" if self.config.find_names else ""
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            message = f"fields {lost[:3]}{more} do not say where they stand (at){unfound}: expect guesses"
-            warnings.warn(message, stacklevel=3)
+            warn_caller(f"fields {lost[:3]}{more} do not say where they stand (at){unfound}: expect guesses")
         return starts
 
     # -- forward ---------------------------------------------------------------------------------------------------

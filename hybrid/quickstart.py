@@ -70,6 +70,7 @@ def quickstart(output_folder: str) -> bool:
     results = {
         "split": "test",
         "data": "StepGame sample (hybrid/samples/stepgame_small.parquet)",
+        "total_seconds": round(time.perf_counter() - start),
         **training_cost(best),
         **figures,
         "baselines": [zero_shot(model.backbone, test)],
