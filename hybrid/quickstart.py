@@ -67,13 +67,14 @@ def quickstart(output_folder: str) -> bool:
     test = load_examples(config.data, "test")
     embedded = embed_examples(config.features, model.backbone, {"test": test})["test"]
     figures = evaluate_head(model, embedded, [1, 2, 3, 4, 6, 8])
+    frozen = zero_shot(model.backbone, test)
     results = {
         "split": "test",
         "data": "StepGame sample (hybrid/samples/stepgame_small.parquet)",
         "total_seconds": round(time.perf_counter() - start),
         **training_cost(best),
         **figures,
-        "baselines": [zero_shot(model.backbone, test)],
+        "baselines": [frozen],
         **harness_fields(SAMPLE.stem, figures, str(best), config.training.seed),
         **provenance("hybrid quickstart", config.training.seed),
     }
